@@ -1,0 +1,22 @@
+"""fastlora: fused LoRA for CLIP models. The verbs, and nothing else."""
+
+from importlib.metadata import version as _version
+
+from .checkpoint import load, save
+from .config import LoRAConfig
+from .functional import lora_linear
+from .patch import lora_parameters, merge, patch, unmerge, unpatch
+
+__version__ = _version("fastlora")
+__all__ = [
+    "LoRAConfig",
+    "__version__",
+    "load",
+    "lora_linear",
+    "lora_parameters",
+    "merge",
+    "patch",
+    "save",
+    "unmerge",
+    "unpatch",
+]

@@ -1,0 +1,84 @@
+"""Which backend runs a call, and the reason why not a faster one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["choose", "describe"]
+
+log = logging.getLogger("fastlora")
+
+# A rank tile above this leaves the one-pass kernels no registers; torch's products are as good there.
+MAX_TRITON_RANK = 64
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why Triton cannot serve on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device"
+    return None
+
+
+def _refusal(x: Tensor, rank: int) -> str | None:
+    """Why "triton" cannot run this call at all, or None."""
+    if (missing := _triton_missing()) is not None:
+        return missing
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"x is on {x.device.type}, triton needs a CUDA or ROCm device"
+    if x.dtype == torch.float64:
+        return "float64 has no tensor-core kernel"
+    if rank > MAX_TRITON_RANK:
+        return f"rank {rank} is above {MAX_TRITON_RANK}"
+    return None
+
+
+def _worse(x: Tensor) -> str | None:
+    """Why "eager" is the better choice where "triton" could run, or None."""
+    if x.device.type != "cuda":
+        return "Triton's interpreter is for tests"
+    if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "float32 without tf32 runs on cuBLAS' plain units"
+    return None
+
+
+def choose(x: Tensor, rank: int, forced: str | None = None) -> tuple[str, str]:
+    """The backend for input x and a rank, and the reason in a few words.
+
+    Args:
+        forced: "triton", "eager" or "reference" to have exactly that one.
+
+    Raises:
+        RuntimeError: `forced` is "triton" and it cannot run this call; says why.
+    """
+    if forced is not None:
+        if forced == "triton" and (refusal := _refusal(x, rank)) is not None:
+            raise RuntimeError(f"backend 'triton' cannot run here: {refusal}; use backend='eager' or None")
+        return forced, "asked for"
+    reason = _refusal(x, rank) or _worse(x)
+    backend = "triton" if reason is None else "eager"
+    reason = reason or "a GPU and Triton are there"
+    if not torch.compiler.is_compiling():
+        _log_once(backend, reason)
+    return backend, reason
+
+
+@functools.lru_cache(maxsize=None)
+def _log_once(backend: str, reason: str) -> None:
+    log.info("backend %r: %s", backend, reason)
+
+
+def describe() -> dict[str, str]:
+    """For each kind of device here the backend that half-precision calls get, with the reason; as `fastlora info` prints."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {d: "{}: {}".format(*choose(torch.empty(0, dtype=torch.bfloat16, device=d), 2)) for d in devices}

@@ -1,0 +1,215 @@
+"""The verbs on a model: patch, unpatch, merge, unmerge, lora_parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from . import hosts
+from .config import LoRAConfig
+from .layers import LoRALayer, adopt, refusal, release
+
+__all__ = ["PatchReport", "config_of", "lora_layers", "lora_parameters", "merge", "patch", "unmerge", "unpatch"]
+
+_RECORD = "_fastlora"
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did.
+
+    Args:
+        config: what was asked for.
+        patched: paths of the modules that have an adapter now.
+        skipped: path of a tower or module -> why it was left alone.
+        trainable, total: numbers of parameters.
+    """
+
+    config: LoRAConfig
+    patched: tuple[str, ...]
+    skipped: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        lines = [
+            f"{len(self.patched)} modules adapted, rank {self.config.rank}: {self.trainable:,} trainable parameters of"
+            f" {self.total:,} ({share:.2f} %)"
+        ]
+        return "\n".join(lines + [f"not adapted: {path}: {why}" for path, why in self.skipped.items()])
+
+
+@dataclasses.dataclass
+class _Record:
+    """What `unpatch` needs to put the model back."""
+
+    config: LoRAConfig
+    originals: dict[str, nn.Module]
+    frozen: list[str]
+    skipped: dict[str, str]
+
+
+def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any) -> PatchReport:
+    """Give `model` LoRA adapters and freeze everything else.
+
+    The attention modules of the chosen blocks are replaced by drop-ins that share their parameters: outputs do not change
+    until training does (B starts at zero), state_dict keeps every key of the host, `unpatch` puts everything back. Patching
+    again with the same config changes nothing.
+
+    Args:
+        model: an open_clip CLIP, CustomTextCLIP or CoCa.
+        config: a LoRAConfig; or give its fields as keywords: `patch(model, rank=4, targets=("q", "v"))`.
+
+    Returns:
+        What was patched and what was not, and why.
+
+    Raises:
+        TypeError: a model of no known family.
+        ValueError: a bad option, a rank above the width, nothing left to adapt, or another config on a patched model.
+    """
+    if config is not None and options:
+        raise ValueError("give patch a LoRAConfig or its fields as keywords, not both")
+    config = config or LoRAConfig(**options)
+    if (record := _record(model)) is not None:
+        if record.config != config:
+            raise ValueError(f"the model is patched with {record.config}; call fastlora.unpatch(model) first")
+        return _report(model, record)
+
+    sites, skipped = _sites(model, config)
+    if not sites:
+        raise ValueError("nothing to adapt: " + "; ".join(f"{path}: {why}" for path, why in skipped.items()))
+    # all drop-ins are made before one is put in place: an error leaves the model as it was
+    layers = {
+        path: adopt(model.get_submodule(path), config, site=site, active=active) for path, (site, active) in sites.items()
+    }
+    record = _Record(config, {path: model.get_submodule(path) for path in layers}, [], skipped)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            record.frozen.append(name)
+            parameter.requires_grad_(False)
+    for path, layer in sorted(layers.items()):  # an attention before the out_proj inside it
+        _replace(model, path, layer)
+    setattr(model, _RECORD, record)
+    return _report(model, record)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Put back the model's own modules and requires_grad flags; merged weights are unmerged first. Adapters are dropped.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record = _patched(model)
+    unmerge(model)
+    for path, host in sorted(record.originals.items(), reverse=True):
+        release(_layer(model, path), host)
+        _replace(model, path, host)
+    parameters = dict(model.named_parameters())
+    for name in record.frozen:
+        parameters[name].requires_grad_(True)
+    delattr(model, _RECORD)
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter's update to its base weight (summed in fp32, rounded once to the weight's dtype).
+
+    Inference then costs what the plain model costs. The weights as they were are kept, and `unmerge` restores them exactly.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    _patched(model)
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore the base weights bit for bit.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    _patched(model)
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Path and module of every adapter, text tower first."""
+    for path in _patched(model).originals:
+        yield path, _layer(model, path)
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters, lora_A and lora_B of every adapter: what an optimizer takes.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return [p for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
+
+
+def config_of(model: nn.Module) -> LoRAConfig | None:
+    """The config that `model` is patched with, or None."""
+    record = _record(model)
+    return None if record is None else record.config
+
+
+def _sites(
+    model: nn.Module, config: LoRAConfig
+) -> tuple[dict[str, tuple[int, tuple[bool, ...]]], dict[str, str]]:
+    """Path -> (site, active groups) of every module to adapt; path -> reason of what is left alone."""
+    sites: dict[str, tuple[int, tuple[bool, ...]]] = {}
+    skipped: dict[str, str] = {}
+    qkv = tuple(target in config.targets for target in ("q", "k", "v"))
+    for number, tower in enumerate(hosts.towers(model)):
+        if tower.encoder not in config.encoders:
+            continue
+        if tower.refused is not None:
+            skipped[tower.path] = tower.refused
+            continue
+        for index in config.layer_indices(len(tower.blocks)):
+            block = tower.blocks[index]
+            paths = (block.attention, block.out, block.fc1, block.fc2)
+            wanted = (any(qkv), *(target in config.targets for target in ("o", "fc1", "fc2")))
+            for kind, (path, want) in enumerate(zip(paths, wanted, strict=True)):
+                if path is None or not want:
+                    continue
+                if (why := refusal(model.get_submodule(path))) is not None:
+                    skipped[path] = why
+                else:  # the same module has the same site whatever else is adapted
+                    sites[path] = ((number * 1024 + index) * 4 + kind, qkv if kind == 0 else (True,))
+    return sites, skipped
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    parent = model.get_submodule(owner)
+    parent._modules[name] = module
+
+
+def _layer(model: nn.Module, path: str) -> LoRALayer:
+    layer = model.get_submodule(path)
+    if not isinstance(layer, LoRALayer):
+        raise ValueError(f"{path} has lost its adapter: the module there was replaced after fastlora.patch")
+    return layer
+
+
+def _record(model: nn.Module) -> _Record | None:
+    return getattr(model, _RECORD, None)
+
+
+def _patched(model: nn.Module) -> _Record:
+    if (record := _record(model)) is None:
+        raise ValueError("the model is not patched: call fastlora.patch(model) first")
+    return record
+
+
+def _report(model: nn.Module, record: _Record) -> PatchReport:
+    trainable = sum(p.numel() for p in lora_parameters(model))
+    total = sum(p.numel() for p in model.parameters())
+    return PatchReport(record.config, tuple(record.originals), record.skipped, trainable, total)

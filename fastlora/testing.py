@@ -1,0 +1,40 @@
+"""The error budget and the CLIP shapes: one home for the tests and for the benchmarks' gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["CLIP_SHAPES", "assert_within_budget", "budget_report"]
+
+# (width D, tokens of 32 images): packed q, k, v is (M, D) -> (M, 3D)
+CLIP_SHAPES = {"ViT-B-32": (768, 32 * 50), "ViT-B-16": (768, 32 * 197), "ViT-L-14": (1024, 32 * 257), "text": (512, 9000)}
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth.double()).abs().max()) if truth.numel() else 0.0
+
+
+def budget_report(
+    got: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> list[tuple[bool, str]]:
+    """For each named result whether it is within the budget, and a line that says so.
+
+    max|got - truth| ≤ 2 · max|eager - truth| + 4 · eps · max|truth|, with truth in float64, eager the plain torch form in the
+    same dtype, eps of `dtype`: an error of the order that torch's own arithmetic makes, per output.
+    """
+    rows = []
+    for name, want in truth.items():
+        error, plain = _error(got[name], want), _error(eager[name], want)
+        allowed = 2 * plain + 4 * torch.finfo(dtype).eps * (float(want.abs().max()) if want.numel() else 0.0)
+        # NaN never passes
+        rows.append((error <= allowed, f"{name}: got {error:.2e}, eager {plain:.2e}, allowed {allowed:.2e}"))
+    return rows
+
+
+def assert_within_budget(
+    got: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Raise AssertionError naming every result outside the budget of `budget_report`."""
+    failed = [line for ok, line in budget_report(got, eager, truth, dtype) if not ok]
+    assert not failed, "outside the error budget: " + "; ".join(failed)

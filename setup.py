@@ -1,0 +1,48 @@
+"""Name, version, dependencies, and the one mapping: folder kernels/ -> package fastlora.kernels."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# torch 2.11 is the oldest on which the suite was run: varlen attention's arguments and library ops have this form since then.
+# triton 3.6 is what torch 2.11 ships. Everything else takes any version that pip finds fit.
+DEPENDENCIES = [
+    "torch>=2.11",
+    "triton>=3.6; sys_platform == 'linux'",
+    "open_clip_torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "typer",
+    "rich",
+    "scikit-learn",  # its digits are the data set of `fastlora demo`; its logistic regression is the linear probe
+    "matplotlib",
+    "tensorboard",
+]
+EXTRAS = {
+    "xformers": ["xformers"],
+    "transformers": ["transformers"],
+    "timm": ["timm"],
+    "peft": ["peft"],
+    "ray": ["ray"],
+    "dev": ["build", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+}
+
+setup(
+    name="fastlora",
+    version="0.1.0",
+    description="Fused LoRA for CLIP: one kernel forward, one backward, and few-shot training without waste",
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",  # the versions the suite was run on
+    packages=[*find_packages(include=["fastlora", "fastlora.*"]), "fastlora.kernels"],
+    # PyPI's `kernels`, which transformers imports, owns the top-level name: ours lives under fastlora.
+    package_dir={"fastlora.kernels": "kernels"},
+    package_data={"fastlora": ["py.typed", "mini/*.json", "mini/*.safetensors", "mini/*.md"]},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fastlora = fastlora.cli:main"]},
+)
