@@ -25,6 +25,7 @@ import random
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from PIL import Image
 from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CONFIG = Path(__file__).parents[1] / "fastlora" / "mini" / "config.json"
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -103,7 +104,7 @@ class Towers:
     def linear(self, layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.half(layer.weight), self.half(layer.bias))
 
-    def block(self, block: torch.nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def block(self, block: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         n, length, width = x.shape
         heads = block.attn.num_heads
         h = self.norm(block.ln_1, x)
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("mini-run"), help="model.safetensors (fp16) and log.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on from the last weights in --out (moments start anew)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -197,15 +199,22 @@ def main() -> None:
         val_x, val_y = read_split(archive, "val", wnids)
     captions = [t.format(names[w]) for w in wnids for t in TEMPLATES]
     model = CLIP(**json.loads(CONFIG.read_text()))
+    done = dict(step=0, seconds=0, epochs=0.0)
+    if args.resume:
+        model.load_state_dict({k: v.float() for k, v in load_file(args.out / "model.safetensors").items()})
+        rows = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+        done = [row for row in rows if "val_accuracy_2000" in row][-1]
+        torch.manual_seed(args.seed + done["step"])  # other crops and orders than before
     towers = Towers(model, open_clip.SimpleTokenizer()(captions))
     classes, templates = len(wnids), len(TEMPLATES)
     opts = optimizers(model, towers, args.lr)
     forward = torch.compile(towers.image, dynamic=False)
 
-    start, step, seen, last_save = time.time(), 0, 0, 0.0
+    start, last_save = time.time() - done["seconds"], time.time()
+    step, seen = done["step"], round(done["epochs"] * len(train_x))
     order, at = torch.randperm(len(train_x)), 0
     mean_loss = mean_hit = 0.0
-    with open(args.out / "log.jsonl", "w") as log:
+    with open(args.out / "log.jsonl", "a" if args.resume else "w") as log:
         while (share := (time.time() - start) / (60 * args.minutes)) < 1:
             size = next(s for begin, s in reversed(SIZES) if share >= begin)
             # warm up, hold, and fall to zero over the second half
@@ -232,8 +241,9 @@ def main() -> None:
             keep = min(0.98, 1 - 1 / step)
             mean_loss, mean_hit = keep * mean_loss + (1 - keep) * loss.item(), keep * mean_hit + (1 - keep) * hit
             if step % 50 == 0:
-                row = dict(step=step, seconds=round(time.time() - start), size=size, lr=lr, epochs=round(seen / len(train_x), 3),
-                           loss=round(mean_loss, 4), train_accuracy=round(100 * mean_hit, 2))  # fmt: skip
+                row = dict(step=step, seconds=round(time.time() - start), size=size, lr=lr)
+                row |= dict(epochs=round(seen / len(train_x), 3), loss=round(mean_loss, 4))
+                row["train_accuracy"] = round(100 * mean_hit, 2)
                 if time.time() - last_save > 420:
                     row["val_accuracy_2000"] = zero_shot(towers, val_x[::5], val_y[::5], classes, templates)
                     save(model, towers, args.out)
@@ -241,8 +251,8 @@ def main() -> None:
                 print(json.dumps(row), file=log, flush=True)
                 print(row, flush=True)
         save(model, towers, args.out)
-        row = dict(step=step, seconds=round(time.time() - start), epochs=round(seen / len(train_x), 3),
-                   val_accuracy=zero_shot(towers, val_x, val_y, classes, templates))  # fmt: skip
+        row = dict(step=step, seconds=round(time.time() - start), epochs=round(seen / len(train_x), 3))
+        row["val_accuracy"] = zero_shot(towers, val_x, val_y, classes, templates)
         print(json.dumps(row), file=log)
         print(row)
 

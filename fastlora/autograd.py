@@ -114,9 +114,7 @@ class _LoRALinear(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
         if torch.compiler.is_compiling():
             constants = _constants(ctx.spec, ctx.backend)
-            grads = torch.ops.fastlora.lora_linear_backward(
-                dy, x, s, weight, a, b, seed, rows, *constants, list(needs)
-            )
+            grads = torch.ops.fastlora.lora_linear_backward(dy, x, s, weight, a, b, seed, rows, *constants, list(needs))
             dx, da, db = (g if need else None for g, need in zip(grads, needs, strict=True))
         else:
             dx, da, db = _module(ctx.backend).backward(dy, x, s, weight, a, b, ctx.spec, seed, rows, needs)

@@ -18,9 +18,14 @@ log = logging.getLogger("fastlora")
 MAX_TRITON_RANK = 64
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # what is installed does not change: nothing here for torch.compile to trace
 def _triton_missing() -> str | None:
     """Why Triton cannot serve on this machine, or None."""
+    return _look_for_triton()
+
+
+@functools.cache
+def _look_for_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -73,7 +78,7 @@ def choose(x: Tensor, rank: int, forced: str | None = None) -> tuple[str, str]:
     return backend, reason
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(backend: str, reason: str) -> None:
     log.info("backend %r: %s", backend, reason)
 

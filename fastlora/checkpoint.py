@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import LoRAConfig
-from .patch import PatchReport, config_of, lora_layers, patch, unpatch
+from .patch import PatchReport, config_of, lora_layers, patch, unmerge, unpatch
 
 __all__ = ["load", "save"]
 
@@ -32,9 +32,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for name, layer in lora_layers(model):
-        tensors[f"{name}.lora_A"] = layer.lora_A.detach().float().cpu().contiguous()
-        tensors[f"{name}.lora_B"] = layer.lora_B.detach().float().cpu().contiguous()
+    for name, parameter in _adapters(model).items():
+        tensors[name] = parameter.detach().float().cpu().contiguous()
     config = config_of(model)
     assert config is not None
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "base": json.dumps(_fingerprint(model))}
@@ -75,11 +74,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = T
             unpatch(model)
         raise
     with torch.no_grad():
-        for name, layer in lora_layers(model):
-            layer.unmerge()
-            layer.lora_A.copy_(tensors[f"{name}.lora_A"])
-            layer.lora_B.copy_(tensors[f"{name}.lora_B"])
+        unmerge(model)
+        for name, parameter in _adapters(model).items():
+            parameter.copy_(tensors[name])
     return report
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters under the names they have in a file."""
+    return {
+        f"{path}.{name}": parameter
+        for path, layer in lora_layers(model)
+        if layer.adapted
+        for name, parameter in zip(("lora_A", "lora_B"), layer.adapters(), strict=True)
+    }
 
 
 def _read(path: Path) -> tuple[LoRAConfig, dict[str, list[float]], dict[str, Tensor]]:
@@ -100,7 +108,7 @@ def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
     """A few values of each adapted base weight, evenly spread."""
     values = {}
     for name, layer in lora_layers(model):
-        weight = layer._frozen_weight if layer.merged else layer.base_weight.detach()
+        weight = layer.base_weight.detach() if layer._frozen_weight is None else layer._frozen_weight
         flat = weight.flatten()
         values[name] = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().tolist()
     return values
@@ -108,7 +116,7 @@ def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
 
 def _check(model: nn.Module, path: object, base: dict[str, list[float]], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError on the first thing that does not fit the patched model."""
-    expected = {f"{n}.{p}": getattr(layer, p).shape for n, layer in lora_layers(model) for p in ("lora_A", "lora_B")}
+    expected = {name: parameter.shape for name, parameter in _adapters(model).items()}
     if missing := sorted(set(expected) - set(tensors)):
         raise ValueError(f"{path} is for another model: it lacks {missing[0]} ({len(missing)} of {len(expected)} missing)")
     if extra := sorted(set(tensors) - set(expected)):

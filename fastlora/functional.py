@@ -108,12 +108,12 @@ def _check_groups(
         raise ValueError(f"lora_a must be (R, K) or (g, R, K), got {tuple(lora_a.shape)}")
     given = 1 if lora_a.ndim == 2 else lora_a.shape[0]
     if active is None:
-        active = (True,) * (given if groups is None or len(groups) == given else len(groups))
+        active = (True,) * given
     active = tuple(bool(flag) for flag in active)
     if sum(active) != given or given == 0:
         raise ValueError(f"lora_a holds {given} adapters, but {sum(active)} of {len(active)} groups are active")
     if groups is not None and len(groups) != len(active):
-        raise ValueError(f"groups names {len(groups)} groups, active {len(active)}")
+        raise ValueError(f"groups names {len(groups)} groups, active (default: one for each adapter) {len(active)}")
     if weight.ndim != 2 or weight.shape[0] % len(active):
         raise ValueError(f"weight must be (N, K) with N a multiple of {len(active)} groups, got {tuple(weight.shape)}")
     return active

@@ -19,20 +19,21 @@ from .functional import lora_linear
 __all__ = ["LoRALayer", "LoRALinear", "LoRAMultiheadAttention", "adopt"]
 
 
-
 class LoRALayer(nn.Module):
     """What both drop-ins share: the adapter of one weight (N, K), its constants, merging.
 
-    Parameters: lora_A (g, R, K) and lora_B (g · N/G, R), fp32, for the g active of G groups.
+    Parameters: lora_A (g, R, K) and lora_B (g · N/G, R), fp32, for the g active of G groups; None where no group is active
+    (an attention that stands in only so that its out_proj's adapter is not passed over).
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
     spec: OpSpec
     backend: str | None
+    _frozen_weight: Tensor | None
 
     @property
-    def base_weight(self) -> nn.Parameter:
+    def base_weight(self) -> Tensor:
         """The frozen weight (N, K) that the adapter updates."""
         raise NotImplementedError
 
@@ -40,12 +41,26 @@ class LoRALayer(nn.Module):
         n, k = self.base_weight.shape
         self.spec = OpSpec(config.scale, config.dropout, site, tuple(range(len(active))), active)
         self.backend = config.backend
+        self.register_buffer("_frozen_weight", None, persistent=False)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        if not self.adapted:
+            return
         device, g = self.base_weight.device, sum(active)
         # kaiming_uniform(a=√5) of each (R, K), as loralib and the paper: bound 1/√K
         a = torch.empty(g, config.rank, k, device=device).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(g * (n // len(active)), config.rank, device=device))
-        self.register_buffer("_frozen_weight", None, persistent=False)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any group has an adapter."""
+        return any(self.spec.active)
+
+    def adapters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """lora_A and lora_B of a layer that is `adapted`."""
+        assert self.lora_A is not None and self.lora_B is not None, "no group of this layer is active"
+        return self.lora_A, self.lora_B
 
     @property
     def merged(self) -> bool:
@@ -56,23 +71,23 @@ class LoRALayer(nn.Module):
         """scale · B A of every group, zero where a group has no adapter: (N, K), fp32."""
         weight = self.base_weight
         delta = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for (_, rows), a, b in zip(
-            self.spec.spans(len(weight)), self.lora_A, self.lora_B.chunk(len(self.lora_A)), strict=True
-        ):
+        lora_a, lora_b = self.adapters()
+        for (_, rows), a, b in zip(self.spec.spans(len(weight)), lora_a, lora_b.chunk(len(lora_a)), strict=True):
             delta[rows] = self.spec.scale * (b.float() @ a.float())
         return delta
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to the base weight, summed in fp32; the weight as it was is kept for `unmerge`."""
-        if not self.merged:
-            self._frozen_weight = self.base_weight.detach().clone()
-            self.base_weight.copy_(self._frozen_weight.float() + self.delta())
+        if self.adapted and not self.merged:
+            frozen = self.base_weight.detach().clone()
+            self.base_weight.copy_(frozen.float() + self.delta())
+            self._frozen_weight = frozen
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the base weight bit for bit."""
-        if self.merged:
+        if self._frozen_weight is not None:
             self.base_weight.copy_(self._frozen_weight)
             self._frozen_weight = None
 
@@ -80,43 +95,48 @@ class LoRALayer(nn.Module):
         self, x: Tensor, bias: Tensor | None, seed: Tensor | None, rows: Tensor | None, groups: slice = slice(None)
     ) -> Tensor:
         """The op on the chosen groups (a slice of the G groups: q alone is slice(0, 1))."""
-        weight, spec = self.base_weight, self.spec
+        weight: Tensor = self.base_weight
+        spec = self.spec
         active = spec.active[groups]
         if active != spec.active:
             width = len(weight) // len(spec.active)
             span = slice((groups.start or 0) * width, (groups.start or 0) * width + len(active) * width)
             weight, bias = weight[span], None if bias is None else bias[span]
         if self.merged or not any(active):
-            if self.merged and self.training and torch.is_grad_enabled() and self.lora_B.requires_grad:
+            if self.merged and self.training and torch.is_grad_enabled() and self.adapters()[1].requires_grad:
                 raise RuntimeError("a merged adapter cannot be trained: call fastlora.unmerge(model) first")
             return F.linear(x, weight, bias)
-        a, b = self.lora_A, self.lora_B
+        lora_a: Tensor
+        lora_b: Tensor
+        lora_a, lora_b = self.adapters()
         if active != spec.active:
-            width = len(b) // len(a)
+            width = len(lora_b) // len(lora_a)
             first = sum(spec.active[: groups.start or 0])
-            a, b = a[first : first + sum(active)], b[first * width : (first + sum(active)) * width]
+            lora_a, lora_b = lora_a[first : first + sum(active)], lora_b[first * width : (first + sum(active)) * width]
         return lora_linear(
-            x, weight, bias, a, b, scale=spec.scale, dropout=spec.dropout if self.training else 0.0, seed=seed,
+            x, weight, bias, lora_a, lora_b, scale=spec.scale, dropout=spec.dropout if self.training else 0.0, seed=seed,
             site=spec.site, rows=rows, groups=spec.groups[groups], active=active, backend=self.backend,
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a plain checkpoint of the host loads with strict=True: the adapter stays as it is
-        for name in ("lora_A", "lora_B"):
-            state_dict.setdefault(prefix + name, getattr(self, name).detach())
+        if self.adapted:
+            for name, parameter in zip(("lora_A", "lora_B"), self.adapters(), strict=True):
+                state_dict.setdefault(prefix + name, parameter.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        g, rank, _ = self.lora_A.shape
-        host = super().extra_repr()
-        return f"{host + ', ' if host else ''}lora rank={rank}, groups={g}/{len(self.spec.active)}"
+        parts = [super().extra_repr()] if super().extra_repr() else []
+        if self.adapted:
+            parts.append(f"lora rank={self.adapters()[0].shape[1]}, groups={sum(self.spec.active)}/{len(self.spec.active)}")
+        return ", ".join(parts)
 
 
 class LoRALinear(LoRALayer, nn.Linear):
     """nn.Linear with an adapter; with G groups, one packed q, k, v projection."""
 
     @property
-    def base_weight(self) -> nn.Parameter:
+    def base_weight(self) -> Tensor:
         return self.weight
 
     def forward(self, x: Tensor, *, seed: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -128,7 +148,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """nn.MultiheadAttention with adapters on its packed q, k, v; the options of the host behave as its own."""
 
     @property
-    def base_weight(self) -> nn.Parameter:
+    def base_weight(self) -> Tensor:
         return self.in_proj_weight
 
     def project_qkv(self, x: Tensor, *, seed: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -141,7 +161,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """Only the projections first … last-1 of (q, k, v): x (..., D) -> (..., (last-first)·D)."""
         return self._project(x, self.in_proj_bias, seed, rows, slice(first, last))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -189,13 +209,11 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def _shared_seed(self, x: Tensor) -> Tensor | None:
         """One seed for three separate calls: a draw each would be as right, but packed and separate then differ."""
-        if not self.training or self.spec.dropout == 0.0 or self.merged:
+        if not self.training or self.spec.dropout == 0.0 or self.merged or not self.adapted:
             return None
         return torch.randint(2**63 - 1, (), device=x.device)
 
-    def _attention_mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
-    ) -> Tensor | None:
+    def _attention_mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Both masks (bool: True is masked; float: added) as one additive mask that broadcasts to (B, H, L, S)."""
 
         def additive(mask: Tensor) -> Tensor:
@@ -254,5 +272,3 @@ def release(layer: LoRALayer, host: nn.Module) -> None:
         ours, theirs = layer.__dict__[registry], host.__dict__[registry]
         theirs.update({name: ours[name] for name in theirs})
     host.train(layer.training)
-
-

@@ -150,7 +150,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: the model is not patched.
     """
-    return [p for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)]
+    return [parameter for _, layer in lora_layers(model) if layer.adapted for parameter in layer.adapters()]
 
 
 def config_of(model: nn.Module) -> LoRAConfig | None:
@@ -159,9 +159,7 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
     return None if record is None else record.config
 
 
-def _sites(
-    model: nn.Module, config: LoRAConfig
-) -> tuple[dict[str, tuple[int, tuple[bool, ...]]], dict[str, str]]:
+def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, tuple[int, tuple[bool, ...]]], dict[str, str]]:
     """Path -> (site, active groups) of every module to adapt; path -> reason of what is left alone."""
     sites: dict[str, tuple[int, tuple[bool, ...]]] = {}
     skipped: dict[str, str] = {}
@@ -175,7 +173,8 @@ def _sites(
         for index in config.layer_indices(len(tower.blocks)):
             block = tower.blocks[index]
             paths = (block.attention, block.out, block.fc1, block.fc2)
-            wanted = (any(qkv), *(target in config.targets for target in ("o", "fc1", "fc2")))
+            # nn.MultiheadAttention reads out_proj.weight and never calls out_proj: an adapter there needs the drop-in around it
+            wanted = (any(qkv) or "o" in config.targets, *(target in config.targets for target in ("o", "fc1", "fc2")))
             for kind, (path, want) in enumerate(zip(paths, wanted, strict=True)):
                 if path is None or not want:
                     continue
@@ -212,4 +211,5 @@ def _patched(model: nn.Module) -> _Record:
 def _report(model: nn.Module, record: _Record) -> PatchReport:
     trainable = sum(p.numel() for p in lora_parameters(model))
     total = sum(p.numel() for p in model.parameters())
-    return PatchReport(record.config, tuple(record.originals), record.skipped, trainable, total)
+    patched = tuple(path for path, layer in lora_layers(model) if layer.adapted)
+    return PatchReport(record.config, patched, record.skipped, trainable, total)

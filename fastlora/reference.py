@@ -1,6 +1,6 @@
 """The equations in plain PyTorch, any dtype, differentiable by autograd: the truth that every backend is tested against.
 
-    y = x Wᵀ + bias + scale · (D(x) Aᵀ) Bᵀ
+y = x Wᵀ + bias + scale · (D(x) Aᵀ) Bᵀ
 """
 
 from __future__ import annotations

@@ -96,9 +96,7 @@ def _byte_table(p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.where(bits == 1, 0.0, 1.0 / (1.0 - drop_rate(p))).to(dtype)
 
 
-def keep_multiplier(
-    seed: Tensor, site: int, group: int, rows: Tensor, columns: int, p: float, dtype: torch.dtype
-) -> Tensor:
+def keep_multiplier(seed: Tensor, site: int, group: int, rows: Tensor, columns: int, p: float, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies x with: 0 where dropped, 1 / (1 - drop_rate(p)) where kept, of `dtype`, (M, columns).
 
     Args:

@@ -26,7 +26,7 @@ def towers(model: nn.Module) -> tuple[Tower, ...]:
 def _tower(model: nn.Module, encoder: str, path: str) -> Tower:
     owner = path.rpartition(".")[0]
     try:
-        blocks = list(model.get_submodule(f"{path}.resblocks"))
+        blocks = list(model.get_submodule(f"{path}.resblocks").children())
     except AttributeError:
         found = type(model.get_submodule(owner)).__name__
         return Tower(encoder, path, (), f"{found} has no transformer of residual attention blocks")

@@ -1,0 +1,79 @@
+"""What a step costs, counted: FLOPs beside a frozen model, and bytes kept for backward beside the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlora
+from fastlora import lora_linear
+from models import build, inputs
+
+
+@contextmanager
+def saved_bytes(ignore: list[Tensor]) -> Iterator[dict[int, int]]:
+    """Storage -> bytes of everything autograd keeps meanwhile, but for the storages of `ignore` (parameters, x itself)."""
+    known = {t.untyped_storage().data_ptr() for t in ignore}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield kept
+
+
+def flops(step: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_packed_qkv_keeps_its_input_and_little_else(dropout: float) -> None:
+    """DESIGN: at most 1.1 x-sizes, x included; the mask, the dropped x and the dense update are not kept."""
+    m, d, rank = 1600, 768, 16
+    x = torch.randn(m, d).requires_grad_()
+    weight, bias = torch.randn(3 * d, d), torch.randn(3 * d)
+    a, b = torch.randn(3, rank, d).requires_grad_(), torch.randn(3 * d, rank).requires_grad_()
+    with saved_bytes(ignore=[weight, bias, a, b]) as kept:
+        lora_linear(x, weight, bias, a, b, scale=1.0, dropout=dropout)
+    assert x.untyped_storage().data_ptr() in kept
+    assert sum(kept.values()) <= 1.1 * x.nbytes
+
+
+def test_a_frozen_linear_keeps_no_input() -> None:
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    x = torch.randn(8, 64).requires_grad_()
+    with saved_bytes(ignore=list(layer.parameters())) as kept:
+        layer(x)
+    assert not kept
+
+
+@pytest.mark.slow
+def test_flops_of_a_patched_vit_b_32_beside_the_frozen_model() -> None:
+    """DESIGN: at most 1.03 at rank 16, forward and backward to the lowest block, both encoders."""
+    model = build("ViT-B-32")
+    images, tokens = inputs(model)
+
+    def step() -> None:
+        # gradients flow to the inputs of the lowest block in both, so that both do the same dx work
+        (model.encode_image(images).sum() + model.encode_text(tokens).sum()).backward()
+
+    fastlora.patch(model, rank=16)
+    model.train()
+    patched = flops(step)
+    fastlora.unpatch(model)
+    model.requires_grad_(False)
+    for leaf in (model.visual.positional_embedding, model.positional_embedding):
+        leaf.requires_grad_(True)
+    frozen = flops(step)
+    assert patched / frozen <= 1.03, f"{patched / frozen:.4f}"
