@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from .checkpoint import load, save
 from .config import LoRAConfig
+from .encoders import encode_image, encode_text
 from .functional import lora_linear
 from .patch import lora_parameters, merge, patch, unmerge, unpatch
 
@@ -11,6 +12,8 @@ __version__ = _version("fastlora")
 __all__ = [
     "LoRAConfig",
     "__version__",
+    "encode_image",
+    "encode_text",
     "load",
     "lora_linear",
     "lora_parameters",

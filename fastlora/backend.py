@@ -18,10 +18,14 @@ log = logging.getLogger("fastlora")
 MAX_TRITON_RANK = 64
 
 
-@torch.compiler.assume_constant_result  # what is installed does not change: nothing here for torch.compile to trace
 def _triton_missing() -> str | None:
     """Why Triton cannot serve on this machine, or None."""
     return _look_for_triton()
+
+
+# What is installed does not change: nothing here for torch.compile to trace. This is what torch.compiler.assume_constant_result
+# sets, without its import of torch._dynamo, a second at every `import fastlora`.
+_triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

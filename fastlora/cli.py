@@ -5,7 +5,6 @@ What a user can put right is one line on stderr and exit code 2, found before mo
 
 from __future__ import annotations
 
-import enum
 import errno
 import shlex
 import sys
@@ -26,8 +25,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fastlora",
-    help="Adapt CLIP to your images by LoRA, from a few labelled ones per class.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -39,9 +36,8 @@ PAPER = "a photo of a {}."
 DATA_HELP = "A folder with one sub-folder a class (or train/ and test/ of such), a known set (caltech101), or digits."
 DEVICE_HELP = "auto (the GPU where there is one), cpu, cuda, cuda:1, …"
 
-Method = enum.Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
-Precision = enum.Enum("Precision", {name: name for name in PRECISIONS}, type=str)  # type: ignore[misc]
-Scaling = enum.Enum("Scaling", {name: name for name in SCALINGS}, type=str)  # type: ignore[misc]
+# Typer does not export the base of its usage errors, and has its own copy of click since 0.2x.
+UsageError: type[Any] = typer.BadParameter.mro()[2]
 
 
 def main() -> None:
@@ -50,18 +46,13 @@ def main() -> None:
 
 
 def _guarded(command: Callable[[], Any]) -> int:
-    import click
-
     try:
         result = command()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
+    except typer.Abort:
         return 130
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return error.exit_code
-    except click.ClickException as error:
-        return _complain(error.format_message(), error.exit_code)
+    except UsageError as error:
+        return _complain(error.format_message().replace("\n", " "), error.exit_code)
     except UserError as error:
         return _complain(str(error), 2)
     except Interrupted as stop:
@@ -82,6 +73,20 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
+@app.callback(invoke_without_command=True)
+def root_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Adapt CLIP to your images by LoRA, from a few labelled ones per class."""
+    if version:
+        from . import __version__
+
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 def train(
     data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
@@ -91,29 +96,27 @@ def train(
     pretrained: Annotated[
         str, typer.Option(help="An open_clip tag or a checkpoint file; none for random weights. mini has its own.")
     ] = "openai",
-    method: Annotated[Method, typer.Option(help="What is trained; the last three for comparison.")] = Method.lora,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; the last three for comparison.")] = Recipe.method,
     seed: Annotated[int, typer.Option(help="Of the images drawn, their order and crops, the adapters, dropout.")] = Recipe.seed,
     rank: Annotated[int, typer.Option(help="Rank of each update, 1 to 128.")] = LoRAConfig.rank,
     alpha: Annotated[float, typer.Option(help="Numerator of the scaling.")] = LoRAConfig.alpha,
     dropout: Annotated[
         float, typer.Option(help="Probability of dropping an input of the LoRA branch, in [0, 1).")
     ] = LoRAConfig.dropout,
-    scaling: Annotated[Scaling, typer.Option(help="The factor before B(Ax).")] = Scaling(LoRAConfig.scaling),
-    targets: Annotated[
-        str, typer.Option(help=f"Adapted projections, with commas, of {', '.join(TARGETS)}.")
-    ] = ",".join(LoRAConfig.targets),
+    scaling: Annotated[str, typer.Option(help=f"The factor before B(Ax): {' or '.join(SCALINGS)}.")] = LoRAConfig.scaling,
+    targets: Annotated[str, typer.Option(help=f"Adapted projections, with commas, of {', '.join(TARGETS)}.")] = ",".join(
+        LoRAConfig.targets
+    ),
     encoders: Annotated[str, typer.Option(help="Adapted encoders, with commas, of vision, text.")] = ",".join(ENCODERS),
-    layers: Annotated[
-        str, typer.Option(help=f"{', '.join(LAYERS)}, or block numbers from 0 with commas: 0,1,11.")
-    ] = str(LoRAConfig.layers),
+    layers: Annotated[str, typer.Option(help=f"{', '.join(LAYERS)}, or block numbers from 0 with commas: 0,1,11.")] = str(
+        LoRAConfig.layers
+    ),
     template: Annotated[
         str | None, typer.Option(help=f'The prompt, {{}} for the class name.  [default: the data set\'s own, mostly "{PAPER}"]')
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Optimizer steps.  [default: 500 a shot]")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = Recipe.batch_size,
-    lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate.  [default: 2e-4; 1e-5 for full fine-tuning]")
-    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 2e-4; 1e-5 for full fine-tuning]")] = None,
     lr_min: Annotated[float, typer.Option(help="Where the cosine schedule ends.")] = Recipe.lr_min,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = Recipe.weight_decay,
     betas: Annotated[tuple[float, float], typer.Option(help="AdamW's betas.")] = Recipe.betas,
@@ -127,8 +130,8 @@ def train(
         int, typer.Option(help="Training images with a longer shorter side, in pixels, are shrunk once.")
     ] = Recipe.max_side,
     precision: Annotated[
-        Precision, typer.Option(help="auto: bf16 on a GPU that has it, else fp16; fp32 on the CPU.")
-    ] = Precision.auto,
+        str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bf16 on a GPU that has it, else fp16, on the CPU fp32.")
+    ] = Recipe.precision,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     root: Annotated[Path, typer.Option(help="Folder that holds the known sets.")] = Path("data"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in RUN.")] = False,
@@ -139,14 +142,14 @@ def train(
     lora = _valid(
         lambda: LoRAConfig(
             rank=rank, alpha=alpha, dropout=dropout, targets=_names(targets), encoders=_names(encoders),
-            layers=_layers(layers), scaling=scaling.value,
+            layers=_layers(layers), scaling=scaling,
         )
     )  # fmt: skip
     recipe = _valid(
         lambda: Recipe(
-            model=model, pretrained=_pretrained(model, pretrained), method=method.value, shots=shots, iterations=iterations,
+            model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
             batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas, template=template,
-            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, precision=precision.value, lora=lora,
+            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, precision=precision, lora=lora,
         )
     )  # fmt: skip
     from .fewshot import datasets
@@ -244,7 +247,7 @@ def _valid(make: Callable[[], T]) -> T:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """"q,k v" -> ("q", "k", "v")."""
+    """ "q,k v" -> ("q", "k", "v")."""
     return tuple(text.replace(",", " ").split())
 
 
@@ -262,4 +265,3 @@ def _pretrained(model: str, pretrained: str) -> str | None:
             raise ValueError(f"--pretrained {pretrained} does not go with --model mini, which has weights of its own")
         return None
     return None if pretrained == "none" else pretrained
-

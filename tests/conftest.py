@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# The folder kernels/ must not shadow PyPI's `kernels`, which transformers imports: with the repository's root on sys.path it would.
+# With the repository's root on sys.path, the folder kernels/ would hide PyPI's `kernels`, which transformers imports.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 

@@ -9,7 +9,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from models import build, features, inputs, randomise_adapters, tiny
 from open_clip.factory import get_model_config
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.layers import LoRAMultiheadAttention, adopt
 from fastlora.patch import lora_layers
+from models import build, features, inputs, randomise_adapters, tiny
 
 FULL = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "coca_ViT-B-32"]
 EVERY_VIT = [

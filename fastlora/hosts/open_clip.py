@@ -17,6 +17,7 @@ def matches(model: nn.Module) -> bool:
 
 
 def towers(model: nn.Module) -> tuple[Tower, ...]:
+    """The text tower, then the vision tower; a refused one has no blocks and says why."""
     return (
         _tower(model, "text", "text.transformer" if hasattr(model, "text") else "transformer"),
         _tower(model, "vision", "visual.transformer"),

@@ -1,0 +1,82 @@
+"""Peak memory of a training step, in a process of its own: `measure(contestant, job)`.
+
+On a CPU the peak resident size, and its growth over the state before the first step; on a GPU the allocator's peak, as bytes in
+use. Saved bytes are what autograd keeps for backward, parameters left out; FLOPs are those of torch's counter over one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from baselines import TRAINEES, Job, Trainee, host, inputs, starting_adapters
+from machine import ROOT
+from measure import peak_memory, saved_bytes
+
+STEPS = 2  # the optimizer's state exists from the first step on
+
+
+def ready(trainee: type[Trainee], job: Job) -> Trainee:
+    """A contestant with the job's starting adapters."""
+    return trainee(job, starting_adapters(job, host(job)))
+
+
+def counts(contestant: Trainee) -> dict[str, int]:
+    """FLOPs of a step (products and attention, as torch counts them) and bytes its forward saves."""
+    images, labels = inputs(contestant.job, 1)
+    known = [*contestant.model.parameters(), *contestant.model.buffers()]
+    saved = saved_bytes(lambda: contestant.loss(images, labels), known)
+    with FlopCounterMode(display=False) as counter:
+        contestant.step(images, labels)
+    return {"flops": counter.get_total_flops(), "saved_bytes": saved}
+
+
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _here(name: str, job: Job) -> dict[str, int]:
+    contestant = ready(TRAINEES[name], job)
+    images, labels = inputs(job, 1)
+    device = torch.device(job.device)
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        with peak_memory(device) as peak:
+            for _ in range(STEPS):
+                contestant.step(images, labels)
+        return {"peak_bytes": held + peak["peak_bytes"], "growth_bytes": peak["peak_bytes"]}
+    # 5 resets the high-water mark, so that building the model does not count as the step's
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    for _ in range(STEPS):
+        contestant.step(images, labels)
+    peak_bytes = _resident("VmHWM")
+    return {"peak_bytes": peak_bytes, "growth_bytes": peak_bytes - before}
+
+
+def measure(name: str, job: Job) -> dict[str, int]:
+    """peak_bytes and growth_bytes of a fresh process that takes two steps; empty where the system does not tell (not Linux)."""
+    if job.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return {}
+    # an address space that glibc does not hand back would count pages of a freed tensor as held
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(Path(__file__)), name, json.dumps(dataclasses.asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT.parent)
+    if done.returncode:
+        raise RuntimeError(f"{name}: the process that measures memory failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(_here(sys.argv[1], Job(**json.loads(sys.argv[2])))))

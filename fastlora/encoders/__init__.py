@@ -1,0 +1,17 @@
+"""Text and image towers without wasted tokens: the host's own features and gradients, to rounding, for less work.
+
+    packed      causal prompts end with their pooled token and lie end to end: no padding is computed
+    pooled      the last block computes queries, output projection and MLP for the pooled token alone
+    frozen      what lies below the lowest adapter is computed once (text) or leaves nothing behind (images)
+    prefix      share_prefix=True: the first tokens that all prompts have in common are computed once
+
+One seed is drawn per forward pass and handed to every layer; with the identity of each row it keys the dropout masks, so
+that packing, order and sharding do not change them.
+"""
+
+from .image import ImageEncoder, encode_image
+from .precision import cast
+from .text import TextEncoder, encode_text
+from .towers import Plan, plan
+
+__all__ = ["ImageEncoder", "Plan", "TextEncoder", "cast", "encode_image", "encode_text", "plan"]

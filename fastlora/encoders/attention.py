@@ -1,0 +1,228 @@
+"""Attention over packed rows: no padding, each sequence within itself.
+
+On a CPU one product per distinct length; on a GPU torch's varlen attention, xformers' block-diagonal kernels where torch's
+do not run, else one scaled_dot_product_attention per distinct length.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .packing import Sequences
+
+__all__ = ["attend", "attend_pooled", "kernel"]
+
+
+def attend(qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
+    """softmax(q kᵀ / √d) v of every row within its sequence.
+
+    Args:
+        qkv: (M, 3D), q, k and v side by side.
+        heads: H; D is a multiple of it.
+
+    Returns:
+        (M, D).
+    """
+    width = qkv.shape[1] // 3
+    if sequences.readers:
+        own, readers = qkv.split([len(qkv) - sequences.readers, sequences.readers])
+        inner = Sequences(sequences.runs, sequences.causal, sequences.prefix, 0, sequences.offsets)
+        read = attend_pooled(readers[:, :width], own[:, width:], heads, inner)
+        return torch.cat([attend(own, heads, inner), read])
+    if kernel(qkv) == "cpu":
+        return _AttendOnCPU.apply(qkv, heads, sequences)
+    q, kv = qkv.split([width, 2 * width], 1)
+    if not sequences.prefix:
+        return _attend(q, kv, None, heads, sequences)
+    size = [sequences.prefix, len(qkv) - sequences.prefix]
+    (q_first, q_own), (kv_first, kv_own) = q.split(size), kv.split(size)
+    first = _attend(q_first, kv_first, None, heads, Sequences(((1, sequences.prefix),), True, 0, 0, _span(q_first)))
+    return torch.cat([first, _attend(q_own, kv_own, kv_first, heads, sequences)])
+
+
+def attend_pooled(q: Tensor, kv: Tensor, heads: int, sequences: Sequences) -> Tensor:
+    """One query for each sequence, over all of its rows and the prefix.
+
+    Args:
+        q: (n, D), in the order of the sequences.
+        kv: (M, 2D), k and v side by side, without rows of readers.
+
+    Returns:
+        (n, D).
+    """
+    first, own = kv.split([sequences.prefix, len(kv) - sequences.prefix])
+    return _attend(q, own, first if sequences.prefix else None, heads, sequences, pooled=True)
+
+
+@functools.cache
+def _gpu_kernel(device: torch.device) -> str:
+    flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return "varlen"
+    return "xformers" if importlib.util.find_spec("xformers") is not None else "sdpa"
+
+
+def kernel(x: Tensor) -> str:
+    """What computes attention for tensors such as x: "cpu", "varlen", "xformers", or "sdpa" once per distinct length."""
+    if torch.compiler.is_compiling():
+        return "sdpa"
+    if x.device.type == "cpu":
+        return "cpu"
+    if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
+        return _gpu_kernel(x.device)
+    return "sdpa"
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Offsets of one sequence: all rows."""
+    return torch.arange(2, device=rows.device, dtype=torch.int32) * len(rows)
+
+
+def _attend(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequences: Sequences, *, pooled: bool = False) -> Tensor:
+    """q (M, D) or, pooled, (n, D), over kv (M, 2D) and prefix (P, 2D): what autograd differentiates by itself."""
+    chosen = kernel(q)
+    uniform = len(sequences.runs) == 1
+    if chosen in ("varlen", "xformers") and not (uniform and prefix is None):
+        run = _varlen if chosen == "varlen" else _xformers
+        return run(q, kv, prefix, heads, sequences, pooled)
+    runs = [(count, 1 if pooled else length) for count, length in sequences.runs]
+    q_runs = q.split([count * length for count, length in runs])
+    kv_runs = kv.split([count * length for count, length in sequences.runs])
+    outs = []
+    for q_run, kv_run, (count, length) in zip(q_runs, kv_runs, runs, strict=True):
+        own = kv_run.view(count, -1, *kv_run.shape[1:])
+        keys = own if prefix is None else torch.cat([prefix.expand(count, -1, -1), own], 1)
+        k, v = keys.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q_heads = q_run.view(count, length, heads, -1).transpose(1, 2)
+        mask = _mask(length, prefix, q) if sequences.causal and not pooled and prefix is not None else None
+        out = F.scaled_dot_product_attention(q_heads, k, v, mask, is_causal=sequences.causal and not pooled and mask is None)
+        outs.append(out.transpose(1, 2).reshape(count * length, -1))
+    return outs[0] if uniform else torch.cat(outs)
+
+
+def _mask(length: int, prefix: Tensor | None, like: Tensor) -> Tensor:
+    """Additive (length, P + length): a row reads the prefix, itself and what is before it."""
+    first = 0 if prefix is None else len(prefix)
+    return like.new_full((length, first + length), -math.inf).triu_(first + 1)
+
+
+def _with_prefix(kv: Tensor, prefix: Tensor | None, sequences: Sequences) -> tuple[Tensor, Tensor, int]:
+    """Keys and values with the prefix before each sequence, their offsets, the longest."""
+    assert sequences.offsets is not None, "packed on a GPU"
+    if prefix is None:
+        return kv, sequences.offsets, sequences.longest
+    parts = []
+    for kv_run, (count, _) in zip(kv.split([c * n for c, n in sequences.runs]), sequences.runs, strict=True):
+        own = kv_run.view(count, -1, kv.shape[1])
+        parts.append(torch.cat([prefix.expand(count, -1, -1), own], 1).flatten(0, 1))
+    steps = torch.arange(sequences.count + 1, device=kv.device, dtype=torch.int32) * len(prefix)
+    return torch.cat(parts), sequences.offsets + steps, sequences.longest + len(prefix)
+
+
+def _varlen(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequences: Sequences, pooled: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys, starts, longest = _with_prefix(kv, prefix, sequences)
+    k, v = keys.unflatten(1, (2, heads, -1)).unbind(1)
+    q_starts = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32) if pooled else sequences.offsets
+    window = (-1, 0) if sequences.causal and not pooled else (-1, -1)
+    out = varlen_attn(
+        q.unflatten(1, (heads, -1)), k, v, q_starts, starts, 1 if pooled else sequences.longest, longest, window_size=window
+    )
+    return out.flatten(1)
+
+
+def _xformers(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequences: Sequences, pooled: bool) -> Tensor:
+    from xformers.ops import fmha, memory_efficient_attention
+
+    keys, _, _ = _with_prefix(kv, prefix, sequences)
+    first = 0 if prefix is None else len(prefix)
+    lengths = [length for count, length in sequences.runs for _ in range(count)]
+    q_lengths = [1] * len(lengths) if pooled else lengths
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, [first + length for length in lengths])
+    if sequences.causal and not pooled:
+        mask = mask.make_causal_from_bottomright()
+    k, v = keys.unflatten(1, (2, heads, -1)).unbind(1)
+    return memory_efficient_attention(q.unflatten(1, (heads, -1))[None], k[None], v[None], attn_bias=mask)[0].flatten(1)
+
+
+class _AttendOnCPU(torch.autograd.Function):
+    """torch's own CPU kernel on each run in place, one gradient buffer for all: no stack, no cat, no zero-filled slices."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
+        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        logsumexps = []
+        for rows, q, k, v, mask, causal in _runs(qkv, heads, sequences):
+            part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+            _heads(out[rows], part.shape[0], heads, 1)[0].copy_(part)
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(qkv, out, *logsumexps)
+        ctx.heads, ctx.sequences = heads, sequences
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        qkv, out, *logsumexps = ctx.saved_tensors
+        heads, prefix = ctx.heads, ctx.sequences.prefix
+        gradient = torch.empty_like(qkv)
+        runs = _runs(qkv, heads, ctx.sequences)
+        for (rows, q, k, v, mask, causal), logsumexp in zip(runs, logsumexps, strict=True):
+            count = q.shape[0]
+            (dy_run,), (out_run,) = _heads(dy[rows], count, heads, 1), _heads(out[rows], count, heads, 1)
+            dq, dk, dv = _backward(dy_run, q, k, v, out_run, logsumexp, mask, causal)
+            if dk.shape[2] > dq.shape[2]:  # what the sequences read of the prefix
+                shared = _heads(gradient[:prefix], 1, heads, 3)[1:]
+                shared += torch.stack([dk[:, :, :prefix].sum(0), dv[:, :, :prefix].sum(0)])[:, None]
+                dk, dv = dk[:, :, prefix:], dv[:, :, prefix:]
+            for target, part in zip(_heads(gradient[rows], count, heads, 3), (dq, dk, dv), strict=True):
+                target.copy_(part)
+        return gradient, None, None
+
+
+def _heads(rows: Tensor, count: int, heads: int, parts: int) -> Tensor:
+    """A view of rows (count · length, parts · D): (parts, count, H, length, d)."""
+    return rows.view(count, -1, parts, heads, rows.shape[1] // (parts * heads)).permute(2, 0, 3, 1, 4)
+
+
+def _runs(qkv: Tensor, heads: int, sequences: Sequences) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | None, bool]]:
+    """For the prefix, then each run: its rows, q, k, v (count, H, length, d), the additive mask, whether plainly causal."""
+    prefix = sequences.prefix
+    if prefix:
+        q, k, v = _heads(qkv[:prefix], 1, heads, 3)
+        yield slice(0, prefix), q, k, v, None, True
+        first = qkv[:prefix]
+    start = prefix
+    for count, length in sequences.runs:
+        rows = slice(start, start + count * length)
+        q, k, v = _heads(qkv[rows], count, heads, 3)
+        if prefix:
+            k, v = (
+                torch.cat([shared.expand(count, -1, -1, -1), own], 2)
+                for shared, own in zip(_heads(first, 1, heads, 3)[1:], (k, v), strict=True)
+            )
+        mask = _mask(length, first[:, :1], qkv) if prefix and sequences.causal else None
+        yield rows, q, k, v, mask, sequences.causal and mask is None
+        start = rows.stop
+
+
+def _backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, mask: Tensor | None, causal: bool
+) -> Iterable[Tensor]:
+    """dq, dk, dv of one run. 16-bit tensors are cast: torch's kernel then takes a third of the time, and rounds less."""
+    if q.dtype in (torch.bfloat16, torch.float16):
+        dy, q, k, v, out = (t.float() for t in (dy, q, k, v, out))
+        mask = None if mask is None else mask.float()
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dy, q, k, v, out, logsumexp, 0.0, causal, attn_mask=mask
+    )

@@ -1,0 +1,211 @@
+"""Each benchmark once at a size that proves nothing but that it runs; the gate refuses what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # benchmarks/ is a folder of scripts, not a package
+
+import step_gate  # noqa: E402
+from baselines import TRAINEES, Job, prompts  # noqa: E402
+from baselines.textbook import NaiveLinear, Textbook  # noqa: E402
+from machine import Ceilings, read_rows  # noqa: E402
+from measure import by_clock, saved_bytes, summary  # noqa: E402
+from ops import CONTESTANTS, Drop, FastLoRA, LayerForward, bind, gate, phase_calls  # noqa: E402
+from ops import Textbook as NaiveOp  # noqa: E402
+from shapes import Case, InputSet  # noqa: E402
+from tables import ratio_table  # noqa: E402
+
+CASES = [
+    Case("linear", 24, 32, 48, rank=4),
+    Case("qkv", 24, 32, 96, 3, 4, 0.25),
+    Case("qkv", 24, 32, 96, 3, 2, 0.25, torch.bfloat16),
+    Case("mlp", 24, 32, 64, 1, 4, 0.25),
+]
+TINY = Job("mini", classes=3, batch=2)
+
+
+def run(*arguments: str, folder: Path) -> list[dict[str, Any]]:
+    """Run a benchmark in a process of its own, as a user does, and return the rows of every file that it wrote."""
+    # a benchmark is timed by one process at a time, whatever the suite that starts it runs under
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=BENCHMARKS.parent, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
+
+
+def names(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["contestant"] for row in rows if "median_ms" in row}
+
+
+def test_pytest_benchmarks_run_and_write_rows(tmp_path: Path) -> None:
+    """Every contestant that can run here is timed in every phase, each with its ratio to the floor."""
+    options = [
+        "--benchmark-only",
+        "--profile",
+        "tiny",
+        "--results",
+        str(tmp_path),
+        "-q",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+    ]
+    rows = run("-m", "pytest", "benchmarks", *options, folder=tmp_path)
+    assert rows[0]["row"] == "run" and {"commit", "versions", "cpu", "date", "threads"} <= rows[0].keys()
+    steps = [row for row in rows if row["row"] == "step"]
+    ops = [row for row in rows if row["row"] == "op"]
+    assert names(steps) == {name for name, trainee in TRAINEES.items() if trainee.missing() is None}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert names(ops) == {c.name for c in CONTESTANTS if c.missing(Case("qkv", 24, 32, 96, 3, device=device)) is None}
+    assert {row["phase"] for row in ops} == {"forward", "backward", "both"}
+    for row in [*steps, *ops]:
+        assert row["median_ms"] > 0 and row["over_frozen"] > 0
+        assert row.get("share_of_roofline", row.get("share_of_gemm_speed", 0.0)) > 0
+    assert all(row["flops"] > 0 and row["saved_bytes"] > 0 for row in steps)
+
+
+def test_device_script_runs_at_tiny_size(tmp_path: Path) -> None:
+    rows = run(str(BENCHMARKS / "device.py"), "--smoke", "--out", str(tmp_path), folder=tmp_path)
+    assert {"frozen", "fastlora eager", "textbook", "dense ΔW", "full fine-tuning"} <= names(rows)
+    assert not [row for row in rows if "refused" in row or "failed" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU --tune is run at its real size")
+def test_tuning_runs_at_tiny_size(tmp_path: Path) -> None:
+    """In Triton's interpreter: the alternatives of the tile table reach the kernels and pass the gate."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    rows = run(str(BENCHMARKS / "device.py"), "--smoke", "--tune", "--out", str(tmp_path), folder=tmp_path)
+    tuned = [row for row in rows if row["row"] == "tune"]
+    assert {row["phase"] for row in tuned} == {"forward", "backward"} and len({row["plan"] for row in tuned}) >= 3
+    assert all("median_ms" in row for row in tuned), [row for row in tuned if "median_ms" not in row]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("contestant", [c for c in CONTESTANTS if c.missing(CASES[0]) is None], ids=lambda c: c.name)
+def test_gate_lets_the_contestants_pass(contestant: Any, case: Case) -> None:
+    failed = [line for ok, line in gate(contestant, case) if not ok]
+    assert not failed
+
+
+class WrongScale(NaiveOp):
+    """Naive LoRA that forgets to scale its update right, by a tenth."""
+
+    def prepare(self, inputs: InputSet, drop: Drop | None) -> LayerForward:
+        return super().prepare(dataclasses.replace(inputs, case=_Scaled(**vars(inputs.case))), drop)
+
+
+class _Scaled(Case):
+    scale = 0.55  # type: ignore[assignment]  # the right one is 1 / sqrt(4)
+
+
+class NoDropout(FastLoRA):
+    """fastlora, with its dropout lost, as on hosts that ignore it."""
+
+    def prepare(self, inputs: InputSet, drop: Drop | None) -> LayerForward:
+        return super().prepare(dataclasses.replace(inputs, case=dataclasses.replace(inputs.case, dropout=0.0)), drop)
+
+
+class NaNs(NaiveOp):
+    """One element never written."""
+
+    def prepare(self, inputs: InputSet, drop: Drop | None) -> LayerForward:
+        right = super().prepare(inputs, drop)
+
+        def forward(x: Tensor, layer: Any, site: int) -> list[Tensor]:
+            hole = torch.zeros_like(x[:1, :1])
+            return [
+                y + torch.where(hole == 0, torch.nan, hole) * (torch.arange(y.shape[1]) == 5) for y in right(x, layer, site)
+            ]
+
+        return forward
+
+
+@pytest.mark.parametrize("wrong", [WrongScale(), NoDropout("eager"), NaNs()], ids=lambda w: type(w).__name__)
+def test_gate_refuses(wrong: Any) -> None:
+    assert not all(ok for ok, _ in gate(wrong, CASES[1]))
+
+
+def test_step_gate_refuses_a_wrong_gradient() -> None:
+    class Detached(NaiveLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            low = nn.functional.linear(x, self.lora_A).detach() + 0 * self.lora_A.sum()  # the same output, no dA
+            return self.linear(x) + self.scale * nn.functional.linear(low, self.lora_B)
+
+    class Wrong(Textbook):
+        def adapted(self, linear: nn.Linear, a: Tensor, b: Tensor) -> nn.Module:
+            return Detached(linear, a, b, self.job.scale, self.job.dropout)
+
+    verdict = {line.split(":")[0]: ok for ok, line in step_gate.gate(Wrong, TINY)}
+    assert verdict["logits"] and not verdict["vision dA"] and not verdict["text dA"]
+
+
+def test_backward_alone_can_be_repeated() -> None:
+    """The backward phase runs many times over one kept forward, with the same result."""
+    bound = bind(FastLoRA("eager"), InputSet.draw(CASES[1], 1))
+    (call,) = phase_calls([bound], "backward")
+    first, second = call(), call()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # type: ignore[call-overload]
+
+
+def test_work_counts_an_ideal_pass() -> None:
+    """By hand: m=2, k=3, n=4, r=1, one group, fp32."""
+    case = Case("linear", 2, 3, 4, rank=1)
+    assert case.work("forward") == (2 * 2 * 3 * 4 + 2 * 2 * 3 + 2 * 2 * 4, 4 * (6 + 8 + 12))
+    assert case.work("both")[0] == sum(case.work(p)[0] for p in ("forward", "backward"))
+
+
+def test_roofline_is_the_slower_of_the_two_floors() -> None:
+    limits = Ceilings("cpu", "float32", flops=100.0, bandwidth=10.0)
+    assert limits.seconds(200.0, 10.0) == 2.0 and limits.seconds(100.0, 50.0) == 5.0
+
+
+def test_summary_gives_median_and_quantiles() -> None:
+    timing = summary([float(i) for i in range(11, 0, -1)], "clock")
+    assert (timing.median, timing.low, timing.high, timing.rounds) == (6.0, 2.0, 10.0, 11)
+
+
+def test_calls_rotate_over_input_sets() -> None:
+    seen: list[int] = []
+    by_clock([lambda i=i: seen.append(i) for i in range(3)], torch.device("cpu"), 0.0, least=6)  # type: ignore[misc]
+    assert seen[-6:] == [0, 1, 2, 0, 1, 2]
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter() -> None:
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(4, 8)
+    # both products keep x; the second keeps the weight for dx too, which is a parameter
+    assert saved_bytes(lambda: (x @ weight, x @ weight), [weight]) == x.nbytes
+
+
+def test_prompts_have_the_lengths_of_imagenets() -> None:
+    """8 to 18 tokens and 9.2 on average, start and end tokens counted."""
+    import open_clip
+
+    tokens = open_clip.get_tokenizer("ViT-B-32")(prompts(Job(classes=1000)))
+    lengths = (tokens != 0).sum(1)
+    assert (int(lengths.min()), int(lengths.max())) == (8, 18) and 9.0 < lengths.float().mean() < 9.4
+
+
+def test_ratio_table_shows_what_is_missing() -> None:
+    rows = [
+        {"case": "c", "phase": "both", "contestant": name, "method": "clock", "median_ms": ms}
+        for name, ms in (("frozen", 2.0), ("ours", 3.0))
+    ]
+    rows.append({"case": "d", "phase": "both", "contestant": "frozen", "method": "clock", "median_ms": 1.0})
+    lines = ratio_table(rows).splitlines()
+    assert lines[-2].split()[-2:] == ["2.000", "1.50"] and lines[-1].split()[-1] == "-"
