@@ -16,7 +16,7 @@ from .patch import PatchReport, config_of, lora_layers, patch, unmerge, unpatch
 
 __all__ = ["load", "save"]
 
-FORMAT = "fastlora-1"
+KEY, FORMAT = "fastlora", 1
 # A half-precision copy of the same base differs by its rounding, another checkpoint by everything.
 _SAMPLES, _RELATIVE = 16, 1e-2
 
@@ -36,7 +36,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         tensors[name] = parameter.detach().float().cpu().contiguous()
     config = config_of(model)
     assert config is not None
-    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict()), "base": json.dumps(_fingerprint(model))}
+    # one key: safetensors writes several in any order, and equal adapters should be equal files
+    metadata = {KEY: json.dumps({"format": FORMAT, "config": config.to_dict(), "base": _fingerprint(model)})}
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -95,12 +96,12 @@ def _read(path: Path) -> tuple[LoRAConfig, dict[str, list[float]], dict[str, Ten
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no fastlora adapter: its metadata has no format {FORMAT!r}")
+            values = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            if values.get("format") != FORMAT:
+                raise ValueError(f"{path} is no fastlora adapter of format {FORMAT}: its metadata says {values.get('format')}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return LoRAConfig.from_dict(json.loads(metadata["config"])), json.loads(metadata["base"]), tensors
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        return LoRAConfig.from_dict(values["config"]), values["base"], tensors
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable safetensors adapter: {error}") from None
 
 

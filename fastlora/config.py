@@ -119,6 +119,8 @@ class LoRAConfig:
             ValueError: a key that LoRAConfig does not have, or a value outside its range.
         """
         known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values, dict):
+            raise TypeError(f"a config is a dictionary of options, got {type(values).__name__}")
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown LoRA option {unknown[0]!r}: known are {', '.join(sorted(known))}")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -20,19 +20,20 @@ __all__ = ["backward", "forward"]
 
 
 class _Dropout:
-    """D of each group for the rows of x, drawn when asked for and not kept."""
+    """D of each active group for the rows of x: the decisions as bits, a multiplier (M, K) when asked for."""
 
     def __init__(self, x: Tensor, spec: OpSpec, seed: Tensor | None, rows: Tensor | None) -> None:
-        self.on = seed is not None and rng.drop_rate(spec.dropout) > 0
-        self.x, self.spec, self.seed = x, spec, seed
-        if self.on:
-            self.rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        self.bits: Tensor | None = None
+        self.x, self.spec = x, spec
+        if seed is not None and rng.drop_rate(spec.dropout) > 0:
+            rows = torch.arange(len(x), device=x.device) if rows is None else rows
+            groups = tuple(group for group, active in zip(spec.groups, spec.active, strict=True) if active)
+            self.bits = rng.drop_bytes(seed, spec.site, groups, rows, x.shape[1], spec.dropout)
 
-    def multiplier(self, group: int) -> Tensor:
-        """What x is multiplied with, (M, K), a fresh tensor."""
-        assert self.seed is not None
-        x, spec = self.x, self.spec
-        return rng.keep_multiplier(self.seed, spec.site, group, self.rows, x.shape[1], spec.dropout, x.dtype)
+    def multiplier(self, i: int) -> Tensor:
+        """What the i-th active group multiplies x with, (M, K), a fresh tensor."""
+        assert self.bits is not None
+        return rng.multiplier(self.bits[i], self.x.shape[1], self.spec.dropout, self.x.dtype)
 
 
 def forward(
@@ -51,10 +52,10 @@ def forward(
     y = F.linear(x, weight, bias)
     drop = _Dropout(x, spec, seed, rows)
     spans = spec.spans(len(weight))
-    if drop.on:
+    if drop.bits is not None:
         s = x.new_empty(len(x), len(a) * rank)
-        for i, (group, _) in enumerate(spans):
-            s[:, i * rank : (i + 1) * rank] = drop.multiplier(group).mul_(x) @ a[i].T
+        for i in range(len(a)):
+            s[:, i * rank : (i + 1) * rank] = drop.multiplier(i).mul_(x) @ a[i].T
     else:
         s = x @ a.flatten(0, 1).T
     for s_g, b_g, (_, columns) in zip(s.split(rank, 1), b.chunk(len(a)), spans, strict=True):
@@ -92,14 +93,14 @@ def backward(
     dx = dy @ weight if need_dx else None
     da = torch.empty_like(a_x) if need_da else None
     drop = _Dropout(x, spec, seed, rows)
-    if not drop.on:
+    if drop.bits is None:
         if dx is not None:
             dx.addmm_(ds, a_x.flatten(0, 1))
         if da is not None:
             torch.mm(ds.T, x, out=da.view(-1, x.shape[1]))
     else:
-        for i, (ds_g, (group, _)) in enumerate(zip(ds.split(rank, 1), spans, strict=True)):
-            multiplier = drop.multiplier(group)
+        for i, ds_g in enumerate(ds.split(rank, 1)):
+            multiplier = drop.multiplier(i)
             if dx is not None:
                 dx.addcmul_(ds_g @ a_x[i], multiplier)
             if da is not None:

@@ -25,11 +25,16 @@ def saved(tmp_path: Path, **options: Any) -> tuple[Any, Path]:
     return model, path
 
 
-def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **metadata: str) -> None:
-    """The same file with other tensors or metadata."""
+def rewrite(path: Path, tensors: dict[str, torch.Tensor] | None = None, **values: Any) -> None:
+    """The same file with other tensors or other values in its metadata."""
     with safe_open(path, "pt") as file:
-        old = file.metadata()
-    save_file(load_file(path) if tensors is None else tensors, path, metadata={**old, **metadata})
+        old = json.loads(file.metadata()["fastlora"])
+    metadata = {"fastlora": json.dumps(old | values)}
+    save_file(load_file(path) if tensors is None else tensors, path, metadata=metadata)
+
+
+def _broken_metadata(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"fastlora": "{"})
 
 
 @pytest.mark.parametrize("options", [{}, {"targets": ("o", "fc1"), "rank": 3, "layers": (1,)}, {"encoders": "text"}], ids=str)
@@ -114,9 +119,10 @@ FILES: dict[str, tuple[Any, str]] = {
     "empty": (_empty, "not a readable safetensors adapter"),
     "foreign": (lambda p: save_file({"weight": torch.zeros(2)}, p), "is no fastlora adapter"),
     "format": (lambda p: rewrite(p, format="other"), "is no fastlora adapter"),
-    "config-json": (lambda p: rewrite(p, config="{"), "not a readable safetensors adapter"),
-    "config-key": (lambda p: rewrite(p, config=json.dumps({"r": 2})), "unknown LoRA option 'r'"),
-    "config-value": (lambda p: rewrite(p, config=json.dumps({"rank": 0})), "rank must be"),
+    "metadata-json": (_broken_metadata, "not a readable safetensors adapter"),
+    "config-type": (lambda p: rewrite(p, config="{"), "not a readable safetensors adapter"),
+    "config-key": (lambda p: rewrite(p, config={"r": 2}), "unknown LoRA option 'r'"),
+    "config-value": (lambda p: rewrite(p, config={"rank": 0}), "rank must be"),
     "missing": (_change_tensors(lambda t, n: t.pop(n)), "it lacks transformer.resblocks.0.attn.lora_A"),
     "extra": (_change_tensors(lambda t, n: t.update(other=t[n].clone())), "it holds other"),
     "shape": (_change_tensors(_cut), r"lora_A is \(3, 1, 48\), here \(3, 2, 48\)"),
@@ -159,6 +165,13 @@ def test_another_model_rank_config_or_base_is_refused(tmp_path: Path) -> None:
     fastlora.patch(patched, rank=3)
     with pytest.raises(ValueError, match=r"rank=2.*rank=3"):
         fastlora.load(patched, path)
+
+
+def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    model, path = saved(tmp_path)
+    before = path.read_bytes()
+    fastlora.save(model, path)
+    assert path.read_bytes() == before
 
 
 def test_no_such_file() -> None:

@@ -1,0 +1,106 @@
+"""`fastlora eval`: the model that a run adapted, tested on any data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import checkpoint as adapters
+from . import datasets, models, report, summary
+from .crops import Normalise
+from .errors import UserError
+from .evaluate import evaluate
+from .images import EvalImages
+from .loop import Signals
+from .recipe import Recipe
+from .runfolder import RunFolder, atomic, write_json
+from .trainer import choose_device, choose_dtype
+
+__all__ = ["run"]
+
+
+def run(
+    folder: RunFolder, data: str, root: Path, device_name: str, out: Path | None, template: str | None, console: Console
+) -> dict[str, Any]:
+    """Test the adapted model of `folder` on `data`, beside the model before; returns what metrics.json holds.
+
+    Args:
+        folder: a finished run by LoRA, full fine-tuning or zero-shot.
+        data: what `datasets.load` takes. Other classes than the run's are fine: they are words.
+        out: where metrics.json, predictions.csv and report.html go, or None.
+        template: the prompt, or None for the run's.
+
+    Raises:
+        UserError: a run that is not finished or left nothing to load, or a bad data set.
+    """
+    config = folder.read_config()
+    try:
+        recipe = Recipe.from_dict(config["recipe"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder.config}: {error}") from error
+    if recipe.method == "linear-probe":
+        raise UserError(f"the run in {folder.path} is a linear probe, which leaves no model to test")
+    if not folder.metrics.is_file():
+        raise UserError(f"the run in {folder.path} is not finished: go on with it by fastlora train … --resume")
+    device = choose_device(device_name)
+    dtype = choose_dtype(recipe.precision, device)
+    dataset = datasets.load(data, root)
+    items = dataset.test
+    notes = list(dataset.notes)
+    if items is None:
+        items = dataset.train
+        if dataset.name == config["data_name"]:
+            trained = set(json.loads(folder.split.read_text(encoding="utf-8"))["train"])
+            items = tuple(item for item in items if item.name not in trained)
+            notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
+    with Signals("run it again"):
+        models.check(recipe.model, recipe.pretrained)
+        loaded = models.load(recipe.model, recipe.pretrained, device)
+        prompt = template or config["template"]
+        tokens = loaded.tokenizer([prompt.format(name) for name in dataset.classes]).to(device)
+        normalise = Normalise(loaded.mean, loaded.std, device)
+        test = EvalImages(items, loaded.size, console)
+        rest = (tokens, dataset.classes, test, normalise, dtype, console)
+        begun = time.monotonic()
+        before = evaluate(loaded.model, *rest, "zero-shot test")
+        after = before
+        if recipe.method != "zero-shot":
+            _adapt(loaded.model, recipe, folder)
+            after = evaluate(loaded.model, *rest)
+        resolved = {"template": prompt, "data": data}
+        metrics = {"method": recipe.method, "run": str(folder.path), **summary.measures(before, after), "resolved": resolved}
+        metrics["timings"] = {"test": round(time.monotonic() - begun, 3)}
+        metrics["notes"] = [*notes, *test.decoded.notes()]
+        metrics["environment"] = summary.environment(device, dtype)
+        summary.print_result(metrics, console)
+        if out is not None:
+            target = RunFolder(out)
+            target.create()
+            shown = config | {"data": data, "data_name": dataset.name, "classes": list(dataset.classes), "template": prompt}
+            with atomic(target.predictions) as temporary:
+                after.write_csv(temporary, [item.name for item in test.items])
+            with atomic(target.report) as temporary:
+                report.write(temporary, shown, metrics, before, after, test.items, None)
+            write_json(target.metrics, metrics)
+            console.print(f"report: {target.report.resolve()}", soft_wrap=True, highlight=False)
+    return metrics
+
+
+def _adapt(model: Any, recipe: Recipe, folder: RunFolder) -> None:
+    """Put what the run saved onto the model as it was before."""
+    try:
+        if recipe.method == "lora":
+            report = adapters.load(model, folder.adapter)
+            if dataclasses.asdict(report.config) != dataclasses.asdict(recipe.lora):
+                raise UserError(f"{folder.adapter} was saved with {report.config}, config.json says {recipe.lora}")
+        else:
+            from safetensors.torch import load_model
+
+            load_model(model, folder.model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load what {folder.path} saved: {error}") from error

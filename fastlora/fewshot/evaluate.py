@@ -1,0 +1,164 @@
+"""Features and predictions: zero-shot and adapted accuracy, and a linear probe on frozen features."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..encoders import encode_image, encode_text
+from .crops import Normalise
+from .images import EvalImages, bar
+
+__all__ = ["Result", "autocast", "class_logits", "encode_images", "encode_prompts", "evaluate", "image_features", "probe"]
+
+BATCH = 128
+# Logistic regression's C is chosen from these by validation images, else by cross-validation on the shots.
+PROBE_CS = tuple(float(c) for c in 10.0 ** np.arange(-2, 5))
+
+
+def encode_prompts(model: Any, tokens: Tensor) -> Tensor:
+    """Class prompts, int64 (classes, length), to unit features, fp32 (classes, d)."""
+    return F.normalize(encode_text(model, tokens).float(), dim=-1)
+
+
+def encode_images(model: Any, images: Tensor, seed: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    """Normalised images (n, 3, s, s) to unit features, fp32 (n, d); `seed` and `ids` as for fastlora.encode_image."""
+    return F.normalize(encode_image(model, images, seed=seed, ids=ids).float(), dim=-1)
+
+
+def class_logits(model: Any, image: Tensor, text: Tensor) -> Tensor:
+    """The model's own temperature (100 for OpenAI's CLIP) × cosine: fp32 (n, classes)."""
+    with torch.autocast(image.device.type, enabled=False):
+        return model.logit_scale.detach().float().exp() * image @ text.T
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision in `dtype`, or nothing for None (fp32)."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Predictions on a test set: int64 labels (n,), predicted (n,), fp32 probability of the predicted class (n,)."""
+
+    classes: tuple[str, ...]
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose class is predicted, in percent; 0 without images."""
+        return 100 * float((self.labels == self.predicted).double().mean()) if len(self.labels) else 0.0
+
+    def confusion(self) -> Tensor:
+        """int64 (classes, classes): row the true class, column the predicted one."""
+        n = len(self.classes)
+        return torch.bincount(self.labels * n + self.predicted, minlength=n * n).view(n, n)
+
+    def per_class(self) -> list[tuple[str, int, float | None]]:
+        """(name, test images, accuracy in percent or None without images) of every class."""
+        counts = self.confusion()
+        rows = zip(self.classes, counts.sum(1).tolist(), counts.diagonal().tolist(), strict=True)
+        return [(name, total, 100 * hits / total if total else None) for name, total, hits in rows]
+
+    def most_confused(self, most: int = 20) -> list[tuple[str, str, int]]:
+        """(true class, predicted class, images) of the commonest mistakes."""
+        counts = self.confusion().fill_diagonal_(0).flatten()
+        top = counts.topk(min(most, len(counts)))
+        n = len(self.classes)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [(self.classes[i // n], self.classes[i % n], count) for i, count in pairs if count]
+
+    def write_csv(self, path: Path, names: list[str]) -> None:
+        """One line an image: file, class, predicted class, probability."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("image", "class", "predicted", "probability"))
+            for name, label, guess, p in zip(
+                names, self.labels.tolist(), self.predicted.tolist(), self.confidence.tolist(), strict=True
+            ):
+                writer.writerow((name, self.classes[label], self.classes[guess], f"{p:.4f}"))
+
+
+@torch.no_grad()
+def image_features(
+    model: nn.Module, test: EvalImages, normalise: Normalise, dtype: torch.dtype | None, console: Console, what: str
+) -> tuple[Tensor, Tensor]:
+    """Unit features of all test images, fp32 (n, d), on the model's device, and their labels, int64 (n,), on the CPU."""
+    features, labels = [], []
+    device = normalise.factor.device
+    with bar(console) as progress:
+        task = progress.add_task(what, total=len(test.items))
+        for pixels, label in test.batches(BATCH):
+            with autocast(device, dtype):
+                features.append(encode_images(model, normalise(pixels)))
+            labels.append(label)
+            progress.advance(task, len(label))
+    if not features:
+        return torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.int64)
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: Tensor,
+    classes: tuple[str, ...],
+    test: EvalImages,
+    normalise: Normalise,
+    dtype: torch.dtype | None,
+    console: Console,
+    what: str = "testing",
+) -> Result:
+    """Classify every test image by the closest class prompt; the model is put in eval mode."""
+    model.eval()
+    features, labels = image_features(model, test, normalise, dtype, console, what)
+    if not len(labels):
+        return Result(classes, labels, labels.clone(), torch.empty(0))
+    with autocast(tokens.device, dtype):
+        text = encode_prompts(model, tokens)
+    best = class_logits(model, features, text).softmax(-1).max(-1)
+    return Result(classes, labels, best.indices.cpu(), best.values.cpu())
+
+
+def probe(
+    classes: tuple[str, ...], train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int
+) -> tuple[Result, float]:
+    """Logistic regression (scikit-learn) on frozen unit features; each argument is (features (n, d), labels (n,)).
+
+    Returns:
+        The predictions on the test set, and the C that was chosen.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    def model(c: float) -> LogisticRegression:
+        return LogisticRegression(C=c, max_iter=2000, random_state=seed)
+
+    (x, y), (val_x, val_y), (test_x, test_y) = ((a.cpu().double().numpy(), b.numpy()) for a, b in (train, val, test))
+    folds = min(5, int(np.bincount(y)[np.unique(y)].min()))
+    if len(val_y):
+        scores = [model(c).fit(x, y).score(val_x, val_y) for c in PROBE_CS]
+    elif folds >= 2:
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        scores = [float(cross_val_score(model(c), x, y, cv=splits).mean()) for c in PROBE_CS]
+    else:  # one shot and nothing to choose by: the middle
+        scores = [float(c == PROBE_CS[len(PROBE_CS) // 2]) for c in PROBE_CS]
+    c = PROBE_CS[int(np.argmax(scores))]
+    fitted = model(c).fit(x, y)
+    probabilities = torch.from_numpy(fitted.predict_proba(test_x)) if len(test_y) else torch.zeros(0, len(fitted.classes_))
+    best = probabilities.max(-1) if len(test_y) else None
+    if best is None:
+        return Result(classes, test[1], test[1].clone(), torch.empty(0)), c
+    seen = torch.from_numpy(fitted.classes_).to(torch.int64)
+    return Result(classes, test[1], seen[best.indices], best.values.float()), c

@@ -1,0 +1,281 @@
+"""Images in memory: decoded once, in parallel, kept as uint8.
+
+Training images keep their own size (longer ones are shrunk once), because crops are drawn from them at every step; test images
+are resized and centre-cropped at once. All become upright RGB, transparency is laid on white.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from .datasets import Item
+
+__all__ = ["Decoded", "EvalImages", "available_memory", "centre_crop", "decode_training", "open_rgb", "thumbnail"]
+
+BICUBIC = Image.Resampling.BICUBIC
+# An image this many times longer than wide is cut to that ratio first: what is cut never reaches the centre crop.
+LONGEST_RATIO = 8
+TINY = 8
+# Test images are kept if they take at most this share of the free memory, otherwise decoded again for each evaluation.
+KEEP_SHARE = 0.25
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Unreadable(Exception):
+    """An image file that cannot be decoded; the message is the reason."""
+
+
+@dataclasses.dataclass
+class Decoded:
+    """What decoding gave: uint8 images (3, h, w) by name, broken files with their reason, and counts of what was converted."""
+
+    images: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
+    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the images take."""
+        return sum(image.nbytes for image in self.images.values())
+
+    def notes(self) -> list[str]:
+        """One line for each kind of thing that happened."""
+        lines = [f"images {what}: {count}" for what, count in sorted(self.remarks.items())]
+        if self.broken:
+            name, reason = next(iter(self.broken.items()))
+            lines.append(f"images that cannot be read, left out: {len(self.broken)}, the first is {name} ({reason})")
+        return lines
+
+
+def open_rgb(item: Item) -> tuple[Image.Image, set[str]]:
+    """The image as upright RGB, and what had to be done to it.
+
+    Raises:
+        Unreadable: the file is missing, damaged, or not an image.
+    """
+    if isinstance(item.source, np.ndarray):
+        return Image.fromarray(item.source), set()
+    done = set()
+    try:
+        with Image.open(item.source) as file:
+            file.load()
+            image: Image.Image = file.copy() if file.format == "GIF" else file
+            upright = ImageOps.exif_transpose(image)
+            if upright.size != image.size:
+                done.add("turned upright as their EXIF data say")
+            image = upright
+            if image.mode == "LA" or image.mode.endswith(("A", "a")) or "transparency" in image.info:
+                image = image.convert("RGBA")
+                if image.getchannel("A").getextrema() != (255, 255):
+                    done.add("with transparency, laid on white")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            elif image.mode.startswith(("I", "F")):
+                image = _eight_bit(image)
+                done.add("of more than 8 bits, rescaled to 8")
+            if image.mode in ("L", "1", "CMYK"):
+                done.add({"CMYK": "in CMYK, converted to RGB"}.get(image.mode, "in grey, converted to RGB"))
+            image = image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise nearly every type on damaged files
+        raise Unreadable(str(error) or type(error).__name__) from error
+    if min(image.size) < TINY:
+        done.add(f"smaller than {TINY} pixels, kept")
+    return image, done
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit and float images to grey: convert() would clip them at 255."""
+    pixels = np.asarray(image, dtype=np.float32)
+    top = 65535.0 if pixels.max(initial=0) > 255 else 255.0
+    top = 1.0 if image.mode.startswith("F") and pixels.max(initial=0) <= 1 else top
+    return Image.fromarray(np.clip(pixels * (255 / top), 0, 255).round().astype(np.uint8))
+
+
+def _cut(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than LONGEST_RATIO times longer than wide."""
+    w, h = image.size
+    longest = LONGEST_RATIO * min(w, h)
+    if max(w, h) <= longest:
+        return image
+    left, top = (max(0, side - longest) // 2 for side in (w, h))
+    return image.crop((left, top, min(w, left + longest), min(h, top + longest)))
+
+
+def centre_crop(image: Image.Image, size: int) -> Tensor:
+    """Shorter side resized to `size` (bicubic, antialiased), centre cut out: uint8 (3, size, size), as CLIP's own transform."""
+    image = _cut(image)
+    w, h = image.size
+    short = min(w, h)
+    if (w, h) != (size, size):
+        w, h = (size if side == short else int(size * side / short) for side in (w, h))
+        image = image.resize((w, h), BICUBIC)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 (3, h, w), contiguous."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _training(item: Item, max_side: int) -> tuple[Tensor, set[str]]:
+    image, done = open_rgb(item)
+    if max(image.size) > LONGEST_RATIO * min(image.size):
+        done.add(f"more than {LONGEST_RATIO} times longer than wide, cut to their middle")
+        image = _cut(image)
+    short = min(image.size)
+    if short > max_side:
+        w, h = (max(1, round(side * max_side / short)) for side in image.size)
+        image = image.resize((w, h), BICUBIC)
+        done.add(f"shrunk to {max_side} pixels on the shorter side")
+    return to_tensor(image), done
+
+
+def decode_training(items: Sequence[Item], max_side: int, into: Decoded, console: Console) -> None:
+    """Decode `items` that `into` does not hold yet, in parallel, and say first how much memory they will take."""
+    todo = [item for item in items if item.name not in into.images and item.name not in into.broken]
+    if not todo:
+        return
+    expected = sum(_map(todo, lambda item: _pixels(item, max_side), None)) * 3
+    free = available_memory()
+    console.print(f"keeping {len(todo)} training images as uint8: {_gib(expected)} of {_gib(free)} free memory")
+    if expected > free:
+        raise MemoryError(f"the training images take {_gib(expected)}, but {_gib(free)} of memory is free: lower --max-side")
+
+    def one(item: Item) -> tuple[Tensor, set[str]] | str:
+        try:
+            return _training(item, max_side)
+        except Unreadable as error:
+            return str(error)
+
+    with bar(console) as progress:
+        task = progress.add_task("decoding training images", total=len(todo))
+        for item, result in zip(todo, _map(todo, one, lambda: progress.advance(task)), strict=True):
+            if isinstance(result, str):
+                into.broken[item.name] = result
+            else:
+                into.images[item.name], done = result
+                into.remarks.update(done)
+
+
+def _pixels(item: Item, max_side: int) -> int:
+    """Pixels that `item` will take, from its header alone; 0 for a file without one."""
+    if isinstance(item.source, np.ndarray):
+        w, h = item.source.shape[1], item.source.shape[0]
+    else:
+        try:
+            with Image.open(item.source) as file:
+                w, h = file.size
+        except Exception:  # told later, when it is decoded
+            return 0
+    short, long = min(w, h), min(max(w, h), LONGEST_RATIO * min(w, h))
+    shrink = min(1.0, max_side / short)
+    return round(short * shrink * long * shrink)
+
+
+class EvalImages:
+    """Test images at the model's size, in batches: kept as uint8 where memory allows, else decoded for each evaluation.
+
+    After the first pass `items` holds those that can be read, in order, and `decoded` what was left out or converted.
+    """
+
+    def __init__(self, items: Sequence[Item], size: int, console: Console) -> None:
+        self.items = list(items)
+        self.size = size
+        self.decoded = Decoded()
+        self._console = console
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self._expected = len(self.items) * 3 * size * size
+        self._keep = self._expected <= KEEP_SHARE * available_memory()
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 images (n, 3, size, size), int64 labels (n,)), n at most `batch_size`, always in the same order."""
+        if self._kept is None:
+            first = self._kept_now(batch_size)
+            if self._keep:
+                self._kept = list(first)
+            else:
+                yield from first
+                return
+        yield from self._kept
+
+    def first_broken(self) -> str:
+        """Name and reason of the first image that could not be read."""
+        return next((f"{name} ({reason})" for name, reason in self.decoded.broken.items()), "none")
+
+    def _kept_now(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        where = "keeping" if self._keep else "not keeping"
+        self._console.print(f"{where} {len(self.items)} test images as uint8: {_gib(self._expected)}")
+        good: list[Item] = []
+        decoded = Decoded()
+        with bar(self._console) as progress:
+            task = progress.add_task("decoding test images", total=len(self.items))
+            for start in range(0, len(self.items), batch_size):
+                chunk = self.items[start : start + batch_size]
+                pixels, labels = [], []
+                for item, result in zip(chunk, _map(chunk, self._one, lambda: progress.advance(task)), strict=True):
+                    if isinstance(result, str):
+                        decoded.broken[item.name] = result
+                        continue
+                    pixels.append(result[0])
+                    labels.append(item.label)
+                    good.append(item)
+                    decoded.remarks.update(result[1])
+                if pixels:
+                    yield torch.stack(pixels), torch.tensor(labels)
+        self.items, self.decoded = good, Decoded({}, self.decoded.broken | decoded.broken, decoded.remarks)
+
+    def _one(self, item: Item) -> tuple[Tensor, set[str]] | str:
+        try:
+            image, done = open_rgb(item)
+        except Unreadable as error:
+            return str(error)
+        return centre_crop(image, self.size), done
+
+
+def thumbnail(item: Item, size: int) -> Image.Image:
+    """What the model saw of a test image, as an RGB image of size × size pixels."""
+    return Image.fromarray(centre_crop(open_rgb(item)[0], size).permute(1, 2, 0).numpy())
+
+
+def _map(items: Sequence[T], function: Callable[[T], R], tick: Callable[[], None] | None) -> list[R]:
+    """function of each item, in order, on as many threads as there are cores (Pillow lets go of Python's lock)."""
+    results = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for result in pool.map(function, items):
+            results.append(result)
+            if tick:
+                tick()
+    return results
+
+
+def bar(console: Console) -> Progress:
+    """A progress bar that leaves nothing behind when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping, as far as the system tells."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 34
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

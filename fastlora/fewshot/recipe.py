@@ -1,0 +1,138 @@
+"""Recipe: everything that decides the outcome of a few-shot run. One frozen, validated dataclass, without PyTorch.
+
+The defaults are the recipe of CLIP-LoRA (Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models",
+CVPRW 2024, arXiv 2405.18541), the same for every data set and number of shots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ..config import LoRAConfig
+
+__all__ = ["METHODS", "PRECISIONS", "Recipe"]
+
+METHODS = ("lora", "full", "linear-probe", "zero-shot")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# Full fine-tuning at LoRA's rate destroys a pretrained CLIP; 1e-5 is the usual rate for it.
+DEFAULT_LR = {"lora": 2e-4, "full": 1e-5}
+ITERATIONS_PER_SHOT = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is adapted to a data set, from the images that are drawn to the last step.
+
+    Args:
+        model: an open_clip model, or "mini" for the one that comes with the package.
+        pretrained: an open_clip tag, a checkpoint file, or None for random weights; "mini" has its own.
+        method: "lora", "full" (full fine-tuning), "linear-probe" (logistic regression on frozen features) or "zero-shot".
+        shots: labelled images per class that are trained on.
+        iterations: optimizer steps; None for 500 a shot.
+        batch_size: images a step; the last batch of an epoch may be smaller.
+        lr: peak learning rate; None for 2e-4, with full fine-tuning 1e-5.
+        lr_min: what the cosine ends at, stepped every iteration, without warm-up.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        template: the prompt, with {} for the class name; None for the data set's own, nearly always "a photo of a {}.".
+        crop_scale: smallest and largest share of an image's area that a training crop takes.
+        flip: mirror half of the training images; None for the data set's own (yes, but not for digits).
+        max_side: training images whose shorter side is longer than this many pixels are shrunk once.
+        seed: of the images drawn, their order, their crops, the adapters and dropout.
+        precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp16; fp32 on the CPU.
+        lora: rank, alpha, dropout, targets, encoders, layers, scaling.
+
+    Raises:
+        ValueError: a value outside its range, with the range.
+    """
+
+    model: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    method: str = "lora"
+    shots: int = 16
+    iterations: int | None = None
+    batch_size: int = 32
+    lr: float | None = None
+    lr_min: float = 1e-6
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    template: str | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool | None = None
+    max_side: int = 512
+    seed: int = 1
+    precision: str = "auto"
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("precision", self.precision, PRECISIONS)
+        for name in ("shots", "batch_size", "max_side"):
+            _whole(name, getattr(self, name), 1)
+        _whole("seed", self.seed, 0)
+        if self.iterations is not None:
+            _whole("iterations", self.iterations, 1)
+        for name in ("learning_rate", "lr_min", "weight_decay"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (name == "learning_rate" and value == 0):
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if self.learning_rate < self.lr_min:
+            raise ValueError(f"lr must be at least lr_min = {self.lr_min}, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.template is not None and (self.template.count("{}") != 1 or self.template.count("{") != 1):
+            raise ValueError(f"template must hold {{}} once, where the class name goes, got {self.template!r}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two rising shares in (0, 1], got {self.crop_scale}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return ITERATIONS_PER_SHOT * self.shots if self.iterations is None else self.iterations
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return DEFAULT_LR.get(self.method, DEFAULT_LR["lora"]) if self.lr is None else self.lr
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a training loop."""
+        return self.method in ("lora", "full")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, …: lr_min + (lr - lr_min) (1 + cos(pi step / steps)) / 2."""
+        return self.lr_min + (self.learning_rate - self.lr_min) * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to config.json."""
+        values = dataclasses.asdict(self)
+        values["lora"] = self.lora.to_dict()
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote (lists as JSON gives them are accepted).
+
+        Raises:
+            ValueError: an option that Recipe does not have, or a value outside its range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown recipe option {unknown[0]!r}: known are {', '.join(sorted(known))}")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(plain.get("lora"), dict):
+            plain["lora"] = LoRAConfig.from_dict(plain["lora"])
+        return cls(**plain)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(allowed)}")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,116 @@
+"""The folder of a run: what lies where, files written whole or not at all, and whose run it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .recipe import Recipe
+
+__all__ = ["RunFolder", "atomic", "identity", "write_json"]
+
+# A run leaves a few MiB; full fine-tuning checks again once the size of the model is known.
+LEAST_SPACE = 64 << 20
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well: readers see the old file or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Values as indented JSON, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def identity(recipe: Recipe, data: str) -> dict[str, Any]:
+    """What must be the same for a run to be resumed; part of config.json."""
+    return {"data": data, "recipe": recipe.to_dict()}
+
+
+class RunFolder:
+    """RUN: config.json, split.json, checkpoint.pt, adapter.safetensors (model.safetensors after full fine-tuning),
+    metrics.json, history.csv, predictions.csv, report.html and log/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.split = path / "split.json"
+        self.checkpoint = path / "checkpoint.pt"
+        self.adapter = path / "adapter.safetensors"
+        self.model = path / "model.safetensors"
+        self.metrics = path / "metrics.json"
+        self.predictions = path / "predictions.csv"
+        self.history = path / "history.csv"
+        self.report = path / "report.html"
+        self.log = path / "log"
+
+    def check(self, identity: dict[str, Any], resume: bool) -> None:
+        """Raise UserError unless a run with this identity (what config.json will hold) may write here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file, not a folder")
+        if self.config.is_file():
+            if not resume:
+                raise UserError(f"--out {self.path} holds another run: choose another folder, or go on with it by --resume")
+            there = self.read_config()
+            for key, value in _flat(json.loads(json.dumps(identity))).items():
+                if _flat(there).get(key) != value:
+                    was = _flat(there).get(key)
+                    raise UserError(f"--resume: the run in {self.path} has {key} = {was!r}, now it is {value!r}")
+        elif self.metrics.exists() or self.adapter.exists() or self.model.exists():
+            raise UserError(f"--out {self.path} holds files of another run, but no config.json: choose another folder")
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"--out {self.path}: no permission to write in {existing}")
+        self.check_space(LEAST_SPACE)
+
+    def check_space(self, needed: int) -> None:
+        """Raise UserError unless `needed` bytes are free where the folder is, or will be."""
+        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if free < needed:
+            raise UserError(f"no space left for --out {self.path}: {needed >> 20} MiB are needed, {free >> 20} MiB are free")
+
+    def create(self) -> None:
+        """Make the folder; what a killed run left half-written is removed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json.
+
+        Raises:
+            UserError: there is none, or it is not ours.
+        """
+        try:
+            config = json.loads(self.config.read_text(encoding="utf-8"))
+            config["recipe"]["lora"]
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is not the folder of a run: it has no config.json") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.config} is not the config of a run: {error!r}") from error
+        return config
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

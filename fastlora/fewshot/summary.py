@@ -1,0 +1,85 @@
+"""What came out of a run: metrics.json, history.csv, tables for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .evaluate import Result
+from .recipe import Recipe
+
+__all__ = ["environment", "measures", "print_result", "write_history"]
+
+# A larger matrix would make the file unreadable; predictions.csv has every prediction anyway.
+LARGEST_MATRIX = 200
+LONGEST_TABLE = 25
+
+
+def measures(before: Result, after: Result) -> dict[str, Any]:
+    """Accuracies in percent, per class and overall, and what was confused with what."""
+    rows = zip(before.per_class(), after.per_class(), strict=True)
+    return {
+        "accuracy": round(after.accuracy, 4),
+        "zero_shot_accuracy": round(before.accuracy, 4),
+        "test_images": len(after.labels),
+        "per_class": [
+            {"class": name, "images": count, "zero_shot": zero_shot, "accuracy": accuracy}
+            for (name, count, zero_shot), (_, _, accuracy) in rows
+        ],
+        "most_confused": [{"class": true, "predicted": guess, "images": count} for true, guess, count in after.most_confused()],
+        "confusion": after.confusion().tolist() if len(after.classes) <= LARGEST_MATRIX else None,
+    }
+
+
+def environment(device: torch.device, dtype: torch.dtype | None) -> dict[str, str]:
+    """Versions, device and precision of a run."""
+    versions = {name: package_version(name) for name in ("fastlora", "torch", "open_clip_torch", "triton")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    precision = "fp32" if dtype is None else str(dtype).removeprefix("torch.")
+    return {"python": platform.python_version(), **versions, "device": name, "precision": precision}
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_history(path: Path, history: torch.Tensor, recipe: Recipe) -> None:
+    """One line a step: number, loss, share of right answers in the batch, learning rate."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "loss", "accuracy", "lr"))
+        for step, (loss, accuracy) in enumerate(history.tolist()):
+            writer.writerow((step + 1, repr(loss), repr(accuracy), repr(recipe.lr_at(step))))
+
+
+def print_result(metrics: dict[str, Any], console: Console) -> None:
+    """The per-class table (the weakest classes where there are many), confusions and accuracies."""
+    rows = sorted((row for row in metrics["per_class"] if row["images"]), key=lambda row: row["accuracy"])
+    title = f"the {LONGEST_TABLE} weakest of {len(rows)} classes" if len(rows) > LONGEST_TABLE else "per class"
+    table = Table("class", "images", "zero-shot %", "accuracy %", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[:LONGEST_TABLE]:
+        table.add_row(row["class"], str(row["images"]), f"{row['zero_shot']:.1f}", f"{row['accuracy']:.1f}")
+    console.print(table)
+    if metrics["most_confused"]:
+        worst = metrics["most_confused"][:5]
+        pairs = ", ".join(f"{row['class']} taken for {row['predicted']} ({row['images']})" for row in worst)
+        console.print(f"most confused: {pairs}", highlight=False)
+    for note in metrics.get("notes", ()):
+        console.print(f"note: {note}", highlight=False, markup=False)
+    console.print(
+        f"[bold]accuracy: {metrics['accuracy']:.2f} %[/bold] of {metrics['test_images']} test images"
+        f" (zero-shot {metrics['zero_shot_accuracy']:.2f} %)"
+    )

@@ -1,0 +1,313 @@
+"""One few-shot run from start to end: data, zero-shot accuracy, training, accuracy after, and the files of RUN."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from .. import checkpoint as adapters
+from ..patch import patch
+from . import datasets, models, report, sampling, summary
+from .crops import Cropper, Normalise
+from .distributed import Ranks
+from .errors import UserError
+from .evaluate import Result, evaluate, image_features, probe
+from .images import Decoded, EvalImages, decode_training
+from .loop import Loop, Signals, load_checkpoint
+from .recipe import Recipe
+from .runfolder import RunFolder, atomic, identity, write_json
+
+__all__ = ["Job", "Prepared", "choose_device", "choose_dtype", "prepare", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to run and where; none of it changes the result but `recipe` and `data` (and the device, by rounding).
+
+    Args:
+        recipe: everything that decides the outcome.
+        data: what `datasets.load` takes.
+        root: where known sets are looked for.
+        out: the folder of the run.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        resume: go on with the run in `out`.
+        checkpoint_seconds, checkpoint_steps: a checkpoint this often, whichever comes first.
+        again: the command that resumes the run.
+    """
+
+    recipe: Recipe
+    data: str
+    out: Path
+    root: Path = Path("data")
+    device: str = "auto"
+    resume: bool = False
+    checkpoint_seconds: float = 60.0
+    checkpoint_steps: int | None = None
+    again: str = "the same call with resume=True"
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A data set's images as a model of one size takes them."""
+
+    dataset: datasets.Dataset
+    shots: sampling.FewShot
+    decoded: Decoded
+    test: EvalImages
+    template: str
+    flip: bool
+
+    def prompts(self) -> list[str]:
+        """One prompt a class."""
+        return [self.template.format(name) for name in self.dataset.classes]
+
+    def training(self) -> tuple[list[Tensor], Tensor]:
+        """uint8 images (3, h, w) and labels, int64 (n,)."""
+        items = self.shots.train
+        return [self.decoded.images[item.name] for item in items], torch.tensor([item.label for item in items])
+
+    def notes(self) -> list[str]:
+        """What was left out, shrunk or converted: one line each."""
+        both = Decoded({}, self.decoded.broken | self.test.decoded.broken, self.decoded.remarks + self.test.decoded.remarks)
+        return [*self.dataset.notes, *self.shots.notes, *both.notes()]
+
+
+def run(job: Job, console: Console) -> dict[str, Any]:
+    """Carry out `job`; returns what metrics.json holds.
+
+    Raises:
+        UserError: something the user can put right.
+        Interrupted: a signal stopped the run; it can be resumed.
+    """
+    folder = RunFolder(job.out)
+    folder.check(identity(job.recipe, job.data), job.resume)
+    if folder.metrics.is_file():
+        console.print(f"the run in {job.out} is finished already")
+        return _read_metrics(folder)
+    device = choose_device(job.device)
+    with Ranks.join(device) as ranks:
+        if ranks.first:
+            return _run(job, folder, device, ranks, console)
+        with tempfile.TemporaryDirectory() as elsewhere:  # the first rank's files are the run's
+            return _run(job, RunFolder(Path(elsewhere)), ranks.device(device), ranks, Console(quiet=True))
+
+
+def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, console: Console) -> dict[str, Any]:
+    recipe = job.recipe
+    dtype = choose_dtype(recipe.precision, device)
+    with Signals(f"go on with: {job.again}") as signals:
+        dataset = datasets.load(job.data, job.root)
+        models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
+        begun = time.monotonic()
+        loaded = models.load(recipe.model, recipe.pretrained, device)
+        data = prepare(dataset, recipe, loaded.size, console)
+        timings = {"load model, decode training images": time.monotonic() - begun}
+        folder.create()
+        setting = {
+            "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
+            "template": data.template, "flip": data.flip, "root": str(job.root),
+        }  # fmt: skip
+        write_json(folder.config, identity(recipe, job.data) | setting)
+        split = {"train": [item.name for item in data.shots.train], "val": [item.name for item in data.shots.val]}
+        if len(dataset.classes) < ranks.world:
+            raise UserError(f"{ranks.world} processes share {len(dataset.classes)} class prompts: start one a class at most")
+        checkpoint = RunFolder(job.out).checkpoint
+        state = load_checkpoint(checkpoint) if job.resume and checkpoint.is_file() else None
+        ranks.wait()  # nobody writes before all have read
+        if state is not None and state["extra"]["split"] != split:
+            raise UserError(f"--resume: the images in {job.data} are not those the run in {job.out} began with")
+        write_json(folder.split, split)
+
+        tokens = loaded.tokenizer(data.prompts()).to(device)
+        normalise = Normalise(loaded.mean, loaded.std, device)
+        begun = time.monotonic()
+        if state is None:
+            before = evaluate(loaded.model, tokens, dataset.classes, data.test, normalise, dtype, console, "zero-shot test")
+        else:
+            before = Result(dataset.classes, **state["extra"]["zero_shot"])
+            console.print(f"going on from step {state['step']} of {recipe.steps}")
+        timings["zero-shot test"] = time.monotonic() - begun
+        if not len(before.labels):
+            raise UserError(f"no test image of {job.data} can be read, the first is {data.test.first_broken()}")
+        console.print(f"zero-shot accuracy: {before.accuracy:.2f} % of {len(before.labels)} test images")
+
+        details: dict[str, Any] = {}
+        loop = None
+        after = before
+        if recipe.trains:
+            loop = _train(job, folder, loaded, data, tokens, dtype, state, before, split, signals, ranks, console, details)
+            timings["training"] = loop.seconds
+            begun = time.monotonic()
+            after = evaluate(loaded.model, tokens, dataset.classes, data.test, normalise, dtype, console)
+            timings["test"] = time.monotonic() - begun
+            if recipe.method == "lora":
+                adapters.save(loaded.model, folder.adapter)
+            else:
+                _save_model(loaded.model, folder)
+        elif recipe.method == "linear-probe":
+            begun = time.monotonic()
+            after, details["probe_c"] = _probe(loaded, data, normalise, dtype, recipe.seed, console)
+            timings["linear probe"] = time.monotonic() - begun
+        return _finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
+
+
+def prepare(dataset: datasets.Dataset, recipe: Recipe, size: int, console: Console) -> Prepared:
+    """Draw the shots and decode them; a broken image is replaced by another of its class where there is one.
+
+    Raises:
+        UserError: a class without a readable training image, or no test image at all.
+    """
+    decoded = Decoded()
+    needs_images = recipe.method != "zero-shot"
+    while True:
+        shots = sampling.draw(dataset, recipe.shots, recipe.seed, decoded.broken)
+        have = {item.label for item in shots.train}
+        for label, name in enumerate(dataset.classes):
+            if label not in have:
+                broken = [item for item in dataset.train if item.label == label and item.name in decoded.broken]
+                why = f"the first is {broken[0].name} ({decoded.broken[broken[0].name]})" if broken else "there is none"
+                raise UserError(f"class {name!r} has no readable training image: {why}")
+        wanted = [*shots.train, *shots.val] if recipe.method == "linear-probe" else shots.train
+        known_broken = len(decoded.broken)
+        if needs_images:
+            decode_training(wanted, recipe.max_side, decoded, console)
+        if len(decoded.broken) == known_broken:
+            break
+    if not shots.test:
+        raise UserError(f"no test images in {dataset.name}: add a folder test beside train, or more images a class")
+    flip = dataset.flip if recipe.flip is None else recipe.flip
+    test = EvalImages(shots.test, size, console)
+    return Prepared(dataset, shots, decoded, test, recipe.template or dataset.template, flip)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the GPU where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for fp32: on "auto" bf16 on a GPU that has it, else fp16, and fp32 on the CPU.
+
+    Raises:
+        UserError: fp16 on the CPU.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU: choose fp32 or bf16 on the CPU")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
+           state: dict[str, Any] | None, before: Result, split: dict[str, list[str]], signals: Signals, ranks: Ranks, console: Console,
+           details: dict[str, Any]) -> Loop:  # fmt: skip
+    from torch.utils.tensorboard import SummaryWriter
+
+    recipe, model = job.recipe, loaded.model
+    torch.manual_seed(recipe.seed)
+    if recipe.method == "lora":
+        try:
+            patched = patch(model, recipe.lora)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        console.print(str(patched))
+        details["skipped"] = patched.skipped
+    else:
+        model.requires_grad_(True)
+        model.logit_scale.requires_grad_(False)  # as with LoRA: the temperature is the pretrained one
+    trainable = sum(p.numel() for p in models.trained_state(model).values())
+    details["trainable_parameters"] = trainable
+    # the checkpoint and its successor, each with parameters and AdamW's two moments, and the result
+    folder.check_space(7 * 4 * trainable)
+    images, labels = data.training()
+    cropper = Cropper(images, loaded.size, loaded.mean, loaded.std, tokens.device)
+    loop = Loop(model, recipe, cropper, labels, tokens, dtype, data.flip, ranks)
+    if state is not None:
+        loop.restore(state)
+    zero_shot = {"labels": before.labels, "predicted": before.predicted, "confidence": before.confidence}
+    extra = {"split": split, "zero_shot": zero_shot}
+    with SummaryWriter(str(folder.log), purge_step=loop.step + 1) as log:
+        log.add_scalar("test/accuracy", before.accuracy, 0)
+        every = job.checkpoint_seconds, job.checkpoint_steps
+        loop.run(console, signals, folder.checkpoint, *every, extra, log)
+    return loop
+
+
+def _probe(
+    loaded: models.LoadedModel, data: Prepared, normalise: Normalise, dtype: torch.dtype | None, seed: int, console: Console
+) -> tuple[Result, float]:
+    def centre(items: tuple[datasets.Item, ...]) -> tuple[Tensor, Tensor]:
+        kept = [item for item in items if item.name in data.decoded.images]
+        test_like = EvalImages(kept, loaded.size, console)
+        return image_features(loaded.model, test_like, normalise, dtype, console, "features")
+
+    test = image_features(loaded.model, data.test, normalise, dtype, console, "features")
+    return probe(data.dataset.classes, centre(data.shots.train), centre(data.shots.val), test, seed)
+
+
+def _save_model(model: torch.nn.Module, folder: RunFolder) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic(folder.model) as temporary:
+        save_file(tensors, temporary)
+
+
+def _finish(job: Job, folder: RunFolder, data: Prepared, before: Result, after: Result, loop: Loop | None,
+            details: dict[str, Any], timings: dict[str, float], device: torch.device, dtype: torch.dtype | None,
+            console: Console) -> dict[str, Any]:  # fmt: skip
+    """Write everything but the adapter; metrics.json last, because it marks the run as finished."""
+    recipe = job.recipe
+    metrics = {"method": recipe.method, "train_images": len(data.shots.train), **summary.measures(before, after)}
+    metrics["resolved"] = {"iterations": recipe.steps, "lr": recipe.learning_rate, "template": data.template, "flip": data.flip}
+    if loop is not None:
+        metrics["training"] = {
+            "steps": loop.step,
+            "seconds": round(loop.seconds, 3),
+            "steps_per_second": loop.step / max(loop.seconds, 1e-9),
+            "final_loss": float(loop.history[-1, 0]),
+            "trainable_parameters": details.pop("trainable_parameters"),
+        }
+        with atomic(folder.history) as temporary:
+            summary.write_history(temporary, loop.history, recipe)
+    metrics |= details
+    metrics["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
+    metrics["notes"] = data.notes()
+    metrics["environment"] = summary.environment(device, dtype)
+    names = [item.name for item in data.test.items]
+    with atomic(folder.predictions) as temporary:
+        after.write_csv(temporary, names)
+    config = json.loads(folder.config.read_text(encoding="utf-8"))
+    with atomic(folder.report) as temporary:
+        history = None if loop is None else loop.history
+        report.write(temporary, config, metrics, before, after, data.test.items, history)
+    write_json(folder.metrics, metrics)
+    folder.checkpoint.unlink(missing_ok=True)
+    summary.print_result(metrics, console)
+    console.print(f"report: {folder.report.resolve()}", soft_wrap=True, highlight=False)
+    return metrics
+
+
+def _read_metrics(folder: RunFolder) -> dict[str, Any]:
+    return json.loads(folder.metrics.read_text(encoding="utf-8"))
