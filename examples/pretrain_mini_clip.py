@@ -143,9 +143,18 @@ class Towers:
         x = self.norm(m.ln_final, x)[torch.arange(len(rows)), eot]
         return F.normalize((x @ self.half(m.text_projection)).float(), dim=-1)
 
+    @torch.no_grad()
     def write_back(self) -> None:
-        with torch.no_grad():
-            self.model.token_embedding.weight[self.used] = self.table
+        """Put the trained rows in their places; tokens that no caption uses get rows of the same size.
+
+        Left at their initial, five times smaller values they vanish beside the template's: all prompts with a new word were
+        alike (mean cosine 0.52 among Caltech101's class prompts, 0.29 so).
+        """
+        weight = self.model.token_embedding.weight
+        unused = torch.ones(len(weight), dtype=torch.bool).index_fill_(0, self.used, False)
+        generator = torch.Generator().manual_seed(0)
+        weight[unused] = torch.randn(int(unused.sum()), weight.shape[1], generator=generator) * self.table.std()
+        weight[self.used] = self.table
 
 
 def zero_shot(towers: Towers, images: torch.Tensor, labels: torch.Tensor, classes: int, templates: int) -> float:
@@ -238,7 +247,7 @@ def main() -> None:
                 model.logit_scale.clamp_(max=math.log(100))
             step, seen = step + 1, seen + args.batch
             hit = float((logits.argmax(1) == y).float().mean())
-            keep = min(0.98, 1 - 1 / step)
+            keep = min(0.98, 1 - 1 / (step - done["step"]))
             mean_loss, mean_hit = keep * mean_loss + (1 - keep) * loss.item(), keep * mean_hit + (1 - keep) * hit
             if step % 50 == 0:
                 row = dict(step=step, seconds=round(time.time() - start), size=size, lr=lr)

@@ -14,7 +14,10 @@ import fastlora
 from fastlora import lora_linear
 from models import build, features, inputs, randomise_adapters, tiny
 
-DEVICES = [pytest.param("eager", "cpu", id="eager-cpu"), pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu)]
+DEVICES = [
+    pytest.param("eager", "cpu", id="eager-cpu"),
+    pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
+]
 
 
 def arguments(device: str, dropout: float = 0.25, packed: bool = True) -> tuple[list[Any], list[Any]]:

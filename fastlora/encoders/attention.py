@@ -45,7 +45,7 @@ def attend(qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
         return _attend(q, kv, None, heads, sequences)
     size = [sequences.prefix, len(qkv) - sequences.prefix]
     (q_first, q_own), (kv_first, kv_own) = q.split(size), kv.split(size)
-    first = _attend(q_first, kv_first, None, heads, Sequences(((1, sequences.prefix),), True, 0, 0, _span(q_first)))
+    first = _attend(q_first, kv_first, None, heads, Sequences(((1, sequences.prefix),), causal=True))
     return torch.cat([first, _attend(q_own, kv_own, kv_first, heads, sequences)])
 
 
@@ -82,16 +82,11 @@ def kernel(x: Tensor) -> str:
     return "sdpa"
 
 
-def _span(rows: Tensor) -> Tensor:
-    """Offsets of one sequence: all rows."""
-    return torch.arange(2, device=rows.device, dtype=torch.int32) * len(rows)
-
-
 def _attend(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequences: Sequences, *, pooled: bool = False) -> Tensor:
     """q (M, D) or, pooled, (n, D), over kv (M, 2D) and prefix (P, 2D): what autograd differentiates by itself."""
-    chosen = kernel(q)
-    uniform = len(sequences.runs) == 1
-    if chosen in ("varlen", "xformers") and not (uniform and prefix is None):
+    head, uniform = q.shape[1] // heads, len(sequences.runs) == 1
+    chosen = "sdpa" if (uniform and prefix is None) or head % 8 or head > 256 else kernel(q)
+    if chosen in ("varlen", "xformers"):
         run = _varlen if chosen == "varlen" else _xformers
         return run(q, kv, prefix, heads, sequences, pooled)
     runs = [(count, 1 if pooled else length) for count, length in sequences.runs]
@@ -133,26 +128,33 @@ def _varlen(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequences:
 
     keys, starts, longest = _with_prefix(kv, prefix, sequences)
     k, v = keys.unflatten(1, (2, heads, -1)).unbind(1)
-    q_starts = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32) if pooled else sequences.offsets
+    assert sequences.offsets is not None, "packed on a GPU"
+    q_starts, q_longest = sequences.offsets, sequences.longest
+    if pooled:
+        q_starts, q_longest = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32), 1
     window = (-1, 0) if sequences.causal and not pooled else (-1, -1)
-    out = varlen_attn(
-        q.unflatten(1, (heads, -1)), k, v, q_starts, starts, 1 if pooled else sequences.longest, longest, window_size=window
-    )
+    out: Any = varlen_attn(q.unflatten(1, (heads, -1)), k, v, q_starts, starts, q_longest, longest, window_size=window)
     return out.flatten(1)
 
 
 def _xformers(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequences: Sequences, pooled: bool) -> Tensor:
-    from xformers.ops import fmha, memory_efficient_attention
+    from xformers.ops import memory_efficient_attention
 
     keys, _, _ = _with_prefix(kv, prefix, sequences)
-    first = 0 if prefix is None else len(prefix)
-    lengths = [length for count, length in sequences.runs for _ in range(count)]
-    q_lengths = [1] * len(lengths) if pooled else lengths
-    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(q_lengths, [first + length for length in lengths])
-    if sequences.causal and not pooled:
-        mask = mask.make_causal_from_bottomright()
     k, v = keys.unflatten(1, (2, heads, -1)).unbind(1)
+    mask = _block_mask(sequences.runs, 0 if prefix is None else len(prefix), sequences.causal, pooled, q.device)
     return memory_efficient_attention(q.unflatten(1, (heads, -1))[None], k[None], v[None], attn_bias=mask)[0].flatten(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(runs: tuple[tuple[int, int], ...], first: int, causal: bool, pooled: bool, device: torch.device) -> Any:
+    """xformers' mask of these sequences: made once, as all layers share it."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [length for count, length in runs for _ in range(count)]
+    queries = [1] * len(lengths) if pooled else lengths
+    mask = BlockDiagonalMask.from_seqlens(queries, [first + length for length in lengths], device=device)
+    return mask.make_causal_from_bottomright() if causal and not pooled else mask
 
 
 class _AttendOnCPU(torch.autograd.Function):

@@ -44,7 +44,7 @@ class Step:
         return dataclasses.replace(self, rows=index if self.rows is None else self.rows[index])
 
 
-def run_block(block: nn.Module, x: Tensor, sequences: Sequences, step: Step, pooled: Tensor | None = None) -> Tensor:
+def run_block(block: Any, x: Tensor, sequences: Sequences, step: Step, pooled: Tensor | None = None) -> Tensor:
     """open_clip's ResidualAttentionBlock on packed rows.
 
     Args:
@@ -61,7 +61,7 @@ def run_block(block: nn.Module, x: Tensor, sequences: Sequences, step: Step, poo
     return _run(block, x, sequences, step, pooled)
 
 
-def _run(block: nn.Module, x: Tensor, sequences: Sequences, step: Step, pooled: Tensor | None) -> Tensor:
+def _run(block: Any, x: Tensor, sequences: Sequences, step: Step, pooled: Tensor | None) -> Tensor:
     heads = block.attn.num_heads
     if pooled is None:
         normed = block.ln_1(x)
@@ -82,7 +82,7 @@ def _run(block: nn.Module, x: Tensor, sequences: Sequences, step: Step, pooled: 
     return _rest(block, x, attend_pooled(q, kv, heads, sequences), step)
 
 
-def _rest(block: nn.Module, x: Tensor, attended: Tensor, step: Step) -> Tensor:
+def _rest(block: Any, x: Tensor, attended: Tensor, step: Step) -> Tensor:
     """What follows attention: the output projection and the MLP, each added to x."""
     x = _add(x, block.ls_1, block.attn.out_proj, attended, step)
     # QuickGELU(u) = silu(1.702 u) / 1.702: silu is one kernel that keeps its input alone, the factors go into the products
@@ -94,7 +94,7 @@ def _rest(block: nn.Module, x: Tensor, attended: Tensor, step: Step) -> Tensor:
     return _add(x, block.ls_2, block.mlp.c_proj, hidden, step, 1 / _QUICK if quick else 1.0)
 
 
-def _project(attention: nn.Module, x: Tensor, first: int, last: int, step: Step) -> Tensor:
+def _project(attention: Any, x: Tensor, first: int, last: int, step: Step) -> Tensor:
     """The projections first … last-1 of (q, k, v): x (M, D) -> (M, (last-first) · D)."""
     if isinstance(attention, LoRAMultiheadAttention):
         if (first, last) == (0, 3):
@@ -105,7 +105,7 @@ def _project(attention: nn.Module, x: Tensor, first: int, last: int, step: Step)
     return F.linear(x, attention.in_proj_weight[rows], None if bias is None else bias[rows])
 
 
-def _linear(layer: nn.Module, x: Tensor, step: Step, factor: float = 1.0) -> Tensor:
+def _linear(layer: Any, x: Tensor, step: Step, factor: float = 1.0) -> Tensor:
     """factor · layer(x)."""
     if factor != 1.0 and _plain(layer, x):
         return torch.addmm(layer.bias, x, layer.weight.T, beta=factor, alpha=factor)
@@ -113,7 +113,7 @@ def _linear(layer: nn.Module, x: Tensor, step: Step, factor: float = 1.0) -> Ten
     return y if factor == 1.0 else y * factor
 
 
-def _plain(layer: nn.Module, x: Tensor) -> bool:
+def _plain(layer: Any, x: Tensor) -> bool:
     """Whether `layer(x)` is x Wᵀ + bias and nothing else: no adapter, no subclass, no cast."""
     return (
         isinstance(layer, nn.Linear)
@@ -125,7 +125,7 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _add(x: Tensor, scale: nn.Module, layer: nn.Module, h: Tensor, step: Step, factor: float = 1.0) -> Tensor:
+def _add(x: Tensor, scale: Any, layer: Any, h: Tensor, step: Step, factor: float = 1.0) -> Tensor:
     """x + scale(layer(factor · h)): one product that adds to x where the layer is plain."""
     if isinstance(scale, nn.Identity) and _plain(layer, h) and x.dtype == h.dtype:
         return (x + layer.bias).addmm_(h, layer.weight.T, alpha=factor)
@@ -133,7 +133,7 @@ def _add(x: Tensor, scale: nn.Module, layer: nn.Module, h: Tensor, step: Step, f
 
 
 @contextlib.contextmanager
-def _recomputed(normed: Tensor, norm: nn.Module, x: Tensor, step: Step) -> Iterator[None]:
+def _recomputed(normed: Tensor, norm: Any, x: Tensor, step: Step) -> Iterator[None]:
     """Within: whoever saves `normed` for backward saves nothing; it is norm(x) again then. x is kept by norm anyway."""
     if not x.requires_grad or normed is x or step.checkpointed or torch.compiler.is_compiling():
         yield

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blocks import Step, run_block
 from .packing import Sequences
@@ -14,7 +16,7 @@ __all__ = ["ImageEncoder", "encode_image"]
 
 
 def encode_image(
-    model: nn.Module,
+    model: Any,
     images: Tensor,
     *,
     normalize: bool = False,
@@ -46,7 +48,7 @@ def encode_image(
 class ImageEncoder:
     """`encode_image` with the tower looked up once. Patching, merging and train() may follow later."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self._tower = vision_tower(model)
 

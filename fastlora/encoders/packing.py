@@ -18,9 +18,9 @@ __all__ = ["PackedPrompts", "Sequences", "pack", "shared_prefix"]
 class Sequences:
     """How rows (M, D) fall into sequences that attend within themselves.
 
-    The rows are, in this order: `prefix` rows, which form a causal sequence of their own and are read by all others; the runs,
-    each `count` sequences of `length` rows end to end; `readers` rows, one for each sequence in the same order, which read their
-    whole sequence and are read by none (CoCa's class token).
+    The rows are, in this order: `prefix` rows, a causal sequence of their own that all others read; the runs, each `count`
+    sequences of `length` rows end to end; `readers` rows, one for each sequence in the same order, which read their whole
+    sequence and are read by none (CoCa's class token).
 
     Args:
         runs: (count, length) of each run.
@@ -110,19 +110,17 @@ def pack(
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     sequence = torch.arange(n).repeat_interleave(lengths)
     positions = torch.arange(int(offsets[-1])) - offsets[sequence] + prefix
-    parts = [
-        (tokens[by_length[sequence], positions], positions, ids[sequence] * context + positions),
-    ]
+    parts = [(tokens[by_length[sequence], positions], positions, ids[sequence] * context + positions)]
     if prefix:
         first = torch.arange(prefix)
         parts.insert(0, (tokens[0, :prefix], first, first))
     if reader is not None:
         parts.append((torch.full((n,), -1), torch.full((n,), reader), ids * context + reader))
-    columns = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+    packed, positions, rows = (torch.cat(column).to(device) for column in zip(*parts, strict=True))
 
     values, counts = lengths.unique_consecutive(return_counts=True)
     runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
     offsets_32 = offsets.to(device, torch.int32)
     sequences = Sequences(runs, causal, prefix, 0 if reader is None else n, offsets_32)
     pooled = prefix + (offsets[1:] - 1 if reader is None else offsets[-1] + torch.arange(n))
-    return PackedPrompts(*columns, sequences, pooled.to(device), by_length.argsort().to(device))
+    return PackedPrompts(packed, positions, rows, sequences, pooled.to(device), by_length.argsort().to(device))

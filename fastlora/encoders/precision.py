@@ -13,9 +13,9 @@ __all__ = ["cast"]
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast a model's frozen weights and buffers to `dtype`, in place, once.
 
-    What is trained stays as it is (the adapters' fp32 masters), so does what the host keeps in fp32 on purpose: logit_scale,
-    logit_bias, and norms that compute in fp32 themselves. Autocast would cast frozen weights anew at every call: its cache holds
-    only those that require a gradient.
+    What is trained stays as it is (the adapters' fp32 masters), so does what is meant to be fp32: logit_scale, logit_bias, and
+    norms that compute in fp32 themselves. Autocast would cast frozen weights anew at every call: its cache holds only those
+    that require a gradient.
 
     Args:
         dtype: torch.float32, torch.bfloat16 or torch.float16.

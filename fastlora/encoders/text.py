@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blocks import Step, run_block
 from .packing import PackedPrompts, pack, shared_prefix
@@ -16,7 +17,7 @@ __all__ = ["TextEncoder", "encode_text"]
 
 
 def encode_text(
-    model: nn.Module,
+    model: Any,
     tokens: Tensor,
     *,
     normalize: bool = False,
@@ -67,7 +68,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokens: Tensor,
         *,
         ids: Tensor | None = None,

@@ -38,8 +38,8 @@ class TextTower:
         class_token: whether a class token is read after the prompt (CoCa).
     """
 
-    host: nn.Module
-    blocks: tuple[nn.Module, ...]
+    host: Any
+    blocks: tuple[Any, ...]
     causal: bool
     pool: str
     eos: int | None
@@ -65,7 +65,7 @@ class TextTower:
         if self.pool == "argmax":
             pooled = tokens.argmax(1)
         elif self.pool == "eos":
-            pooled = (tokens == self.eos).int().argmax(1)
+            pooled = torch.eq(tokens, self.eos if self.eos is not None else -1).int().argmax(1)
         else:
             pooled = torch.zeros_like(whole)
         return pooled + 1
@@ -101,8 +101,8 @@ class TextTower:
 class VisionTower:
     """A vision transformer of residual attention blocks; `pooled`: whether its class token alone becomes the feature."""
 
-    host: nn.Module
-    blocks: tuple[nn.Module, ...]
+    host: Any
+    blocks: tuple[Any, ...]
     pooled: bool
 
     def embed(self, images: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def plan(model: nn.Module) -> Plan:
     return Plan(text_said, vision_said)
 
 
-def text_tower(model: nn.Module) -> TextTower | str:
+def text_tower(model: Any) -> TextTower | str:
     """The text tower, or why the host's own method must run.
 
     Raises:
@@ -175,7 +175,7 @@ def text_tower(model: nn.Module) -> TextTower | str:
     return TextTower(host, tuple(host.transformer.resblocks), causal, pool, eos, class_token)
 
 
-def vision_tower(model: nn.Module) -> VisionTower | str:
+def vision_tower(model: Any) -> VisionTower | str:
     """The vision tower, or why the host's own method must run.
 
     Raises:
@@ -194,7 +194,7 @@ def vision_tower(model: nn.Module) -> VisionTower | str:
     return VisionTower(host, tuple(host.transformer.resblocks), host.attn_pool is None and host.pool_type == "tok")
 
 
-def first_live(blocks: Iterable[nn.Module]) -> int:
+def first_live(blocks: Iterable[Any]) -> int:
     """How many blocks from the bottom give the same result at every step: nothing in them is trained or drops out."""
     below = 0
     for block in blocks:
@@ -204,7 +204,7 @@ def first_live(blocks: Iterable[nn.Module]) -> int:
     return below
 
 
-def seed_for(blocks: Iterable[nn.Module], seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+def seed_for(blocks: Iterable[Any], seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """The one seed that all layers of a forward pass get, drawn where none is given; None where no adapter drops out."""
     if any(_draws(module) for block in blocks for module in block.modules()):
         return _seed_tensor(seed, device)
@@ -234,7 +234,7 @@ def _known(model: nn.Module) -> Any:
     )
 
 
-def _refused(transformer: nn.Module) -> str | None:
+def _refused(transformer: Any) -> str | None:
     """Why the blocks of `transformer` cannot be run one by one on packed rows, or None."""
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 

@@ -220,8 +220,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
-           state: dict[str, Any] | None, before: Result, split: dict[str, list[str]], signals: Signals, ranks: Ranks, console: Console,
-           details: dict[str, Any]) -> Loop:  # fmt: skip
+           state: dict[str, Any] | None, before: Result, split: dict[str, list[str]], signals: Signals, ranks: Ranks,
+           console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
     from torch.utils.tensorboard import SummaryWriter
 
     recipe, model = job.recipe, loaded.model

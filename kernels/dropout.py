@@ -1,0 +1,77 @@
+"""The bits of fastlora.rng on a GPU: Philox-4x32-7 bit planes, folded to drop decisions, 32 columns a word.
+
+    key     = (seed low word, seed high word ^ site * 0x9E3779B9)
+    counter = (row identity, column // 128, group, plane)
+
+One call gives one bit plane of 128 columns; column c has bit c % 32 of word (c % 128) // 32. An element is dropped when the
+k-bit number of its planes is below J, with J / 2**k the probability. See fastlora.rng for the derivation.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Seven rounds of Philox-4x32 on uint32 tensors c0..c3 of one shape and uint32 scalars k0, k1."""
+    for _ in tl.static_range(7):
+        # Not tl.philox: with a 64-bit counter it silently runs another generator.
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def load_key(seed_ptr, site):
+    """The two key words, uint32 scalars, of an int64 seed in memory and a site."""
+    seed = tl.load(seed_ptr)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32) ^ (site.to(tl.uint32) * 0x9E3779B9)
+
+
+@triton.jit
+def load_row_ids(rows_ptr, offs_m, M):
+    """The identity of rows offs_m (int64 [BLOCK_M]), modulo 2**32: given in memory, or the row's own number."""
+    ids = offs_m
+    if rows_ptr is not None:
+        ids = tl.load(rows_ptr + offs_m, mask=offs_m < M, other=0)
+    return ids.to(tl.uint32)
+
+
+@triton.jit
+def drop_words(k0, k1, group, row_ids, column, J: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Drop decisions as bits, uint32 [len(row_ids), COLUMNS // 32], for COLUMNS columns from `column` on.
+
+    Both are multiples of 128, so that no drawn bit is thrown away.
+    """
+    tl.static_assert(COLUMNS % 128 == 0, "a tile under dropout covers whole calls of 128 columns")
+    CALLS: tl.constexpr = COLUMNS // 128
+    BLOCK_M: tl.constexpr = row_ids.shape[0]
+    zero = tl.zeros((BLOCK_M, CALLS), tl.uint32)
+    c0 = row_ids[:, None] + zero
+    c1 = (column // 128 + tl.arange(0, CALLS))[None, :].to(tl.uint32) + zero
+    c2 = group.to(tl.uint32) + zero
+    d0, d1, d2, d3 = zero, zero, zero, zero
+    for plane in tl.static_range(PLANES):  # least significant first
+        w0, w1, w2, w3 = philox(c0, c1, c2, zero + plane, k0, k1)
+        # u < J, bit by bit: a set bit of J makes a zero bit of u smaller, a clear one keeps what is smaller already.
+        if (J >> plane) & 1:
+            d0, d1, d2, d3 = ~w0 | d0, ~w1 | d1, ~w2 | d2, ~w3 | d3
+        else:
+            d0, d1, d2, d3 = ~w0 & d0, ~w1 & d1, ~w2 & d2, ~w3 & d3
+    # tl.join puts its two operands along a new last axis: [m, call, high, low] is word 2 * high + low.
+    words = tl.join(tl.join(d0, d2), tl.join(d1, d3))
+    return tl.reshape(words, (BLOCK_M, COLUMNS // 32))
+
+
+@triton.jit
+def drop(tile, words):
+    """The tile [BLOCK_M, COLUMNS] with 0 where the bits of words [BLOCK_M, COLUMNS // 32] say drop."""
+    BLOCK_M: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    spread = tl.broadcast_to(words[:, :, None], (BLOCK_M, COLUMNS // 32, 32))
+    bits = tl.reshape(spread, (BLOCK_M, COLUMNS)) >> (tl.arange(0, COLUMNS) % 32).to(tl.uint32)[None, :]
+    return tl.where((bits & 1) != 0, tl.zeros_like(tile), tile)

@@ -1,0 +1,179 @@
+"""Which form and which tiles each call uses: one table, by class of shape and architecture.
+
+A row is found by architecture (sm_80, sm_90, sm_100; others take the row of the closest older one, AMD and the interpreter
+that of sm_80) and by class: precision ("half", "tf32", "ieee"), padded rank (at most 32, 64, 128), dropout or not.
+`measured` holds the time that chose a row; a row without one was chosen by what the compiler reports (README.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import torch
+
+__all__ = ["ARCHITECTURES", "NOT_MEASURED", "TABLE", "Call", "Plan", "Row", "Tile", "architecture", "choose", "multiprocessors"]
+
+Precision = Literal["half", "tf32", "ieee"]
+ARCHITECTURES = (80, 90, 100)
+NOT_MEASURED = "not yet measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One launch configuration: rows of tokens, columns of N and of K (0 where unused), warps, pipeline stages.
+
+    per_sm: how many programs of a persistent kernel share a multiprocessor; sets the number of partial sums.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    per_sm: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} {self.warps}w {self.stages}s"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one class of calls is run.
+
+    Args:
+        forward, backward: tiles of the two big products.
+        shrink, ds_db, da: tiles of the light passes (n or k of no use there is 0).
+        one_pass_forward: s is computed beside x Wᵀ; else by the shrink pass.
+        one_pass_backward: ds and dB are computed beside dy W; else by a pass over dy.
+        da_in_epilogue: dA is computed from x and ds beside dx; else by a pass over both.
+        groups_together: the light passes over x serve all groups from one reading; else a group each, for large ranks.
+        measured: the time that chose this row, or "not yet measured".
+    """
+
+    forward: Tile
+    backward: Tile
+    shrink: Tile
+    ds_db: Tile
+    da: Tile
+    one_pass_forward: bool
+    one_pass_backward: bool
+    da_in_epilogue: bool
+    groups_together: bool = True
+    measured: str = NOT_MEASURED
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The class of one call. rank: padded to 16, 32, 64 or 128."""
+
+    arch: int
+    precision: Precision
+    rank: int
+    dropout: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the table: the classes it serves, and their plan. max_rank: the largest padded rank."""
+
+    archs: tuple[int, ...]
+    precision: Precision
+    max_rank: int
+    dropout: tuple[bool, ...]
+    plan: Plan
+
+    def serves(self, call: Call) -> bool:
+        return (
+            call.arch in self.archs
+            and call.precision == self.precision
+            and call.rank <= self.max_rank
+            and call.dropout in self.dropout
+        )
+
+
+OFF, ON, ANY = (False,), (True,), (False, True)
+# The first row that serves a call is its row. Under dropout, tiles of x span a multiple of the 128 columns of one Philox call.
+TABLE = (
+    Row((90,), "half", 16, OFF, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
+        shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=True)),
+    Row((90,), "half", 32, OFF, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
+        shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+    Row((90,), "half", 32, ON, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
+        shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
+        one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
+    Row((100,), "half", 32, OFF, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+    Row((100,), "half", 32, ON, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False)),
+    Row((90, 100), "half", 64, ANY, Plan(
+        forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(32, 0, 128, 8, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((90, 100), "half", 128, ANY, Plan(
+        forward=Tile(128, 128, 64, 8, 3), backward=Tile(64, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(32, 0, 128, 8, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((80,), "half", 32, OFF, Plan(
+        forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+    Row((80,), "half", 32, ON, Plan(
+        forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False)),
+    Row((80,), "half", 128, ANY, Plan(
+        forward=Tile(128, 128, 32, 8, 4), backward=Tile(64, 32, 128, 8, 4),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((80, 90), "tf32", 32, ANY, Plan(
+        forward=Tile(128, 128, 32, 8, 3), backward=Tile(64, 32, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 32, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((80, 90, 100), "tf32", 64, ANY, Plan(
+        forward=Tile(128, 128, 32, 8, 3), backward=Tile(32, 32, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 32, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((80, 90, 100), "ieee", 32, ANY, Plan(
+        forward=Tile(64, 64, 16, 4, 2), backward=Tile(32, 16, 128, 8, 2),
+        shrink=Tile(16, 0, 128, 8, 1), ds_db=Tile(32, 32, 0, 8, 2), da=Tile(16, 0, 128, 8, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+)  # fmt: skip
+
+
+@functools.cache
+def choose(call: Call) -> Plan:
+    """The plan of the first row that serves a call: up to rank 128 in half precision, 64 in tf32, 32 in full float32.
+
+    Raises:
+        ValueError: a rank beyond that.
+    """
+    for row in TABLE:
+        if row.serves(call):
+            return row.plan
+    limits = "128 in half precision, 64 in tf32, 32 in float32 without it"
+    raise ValueError(f"rank {call.rank} in {call.precision} has no kernel: at most {limits}; use backend='eager'")
+
+
+def architecture(device: torch.device) -> int:
+    """The row of the table for a device: the newest architecture that is not newer than it."""
+    if device.type != "cuda" or torch.version.hip:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=80)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; 4 in the interpreter, enough for programs to persist over several row tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

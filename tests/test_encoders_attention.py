@@ -1,0 +1,246 @@
+"""Attention over packed rows and the packing itself, on every kernel: those of a GPU stand in as their documented meaning."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastlora.encoders import attention, packing
+from fastlora.encoders.packing import Sequences
+from fastlora.testing import assert_within_budget
+
+HEADS, WIDTH = 2, 16
+KERNELS = ["cpu", "sdpa", "varlen", "xformers"]
+
+
+def one_sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """(L, D) over (S, D), by the definition; causal with the diagonal at the bottom right."""
+    q, k, v = (t.unflatten(1, (HEADS, -1)).transpose(0, 1) for t in (q, k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal:
+        late = torch.ones(scores.shape[1:], dtype=torch.bool).triu_(1 + scores.shape[2] - scores.shape[1])
+        scores = scores.masked_fill(late, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def bounds(sequences: Sequences) -> list[tuple[int, int]]:
+    """First row and end of each sequence."""
+    starts, start = [], sequences.prefix
+    for count, length in sequences.runs:
+        for _ in range(count):
+            starts.append((start, start + length))
+            start += length
+    return starts
+
+
+def reference(qkv: Tensor, sequences: Sequences) -> Tensor:
+    """Row by row what the docstring of Sequences says."""
+    q, k, v = qkv.chunk(3, 1)
+    first = slice(0, sequences.prefix)
+    parts = [one_sequence(q[first], k[first], v[first], True)] if sequences.prefix else []
+    reads = []
+    for start, end in bounds(sequences):
+        keys, values = (torch.cat([t[first], t[start:end]]) for t in (k, v))
+        parts.append(one_sequence(q[start:end], keys, values, sequences.causal))
+        if sequences.readers:
+            row = slice(sequences.prefix + sequences.body + len(reads), sequences.prefix + sequences.body + len(reads) + 1)
+            reads.append(one_sequence(q[row], keys, values, False))
+    return torch.cat(parts + reads)
+
+
+def reference_pooled(q: Tensor, kv: Tensor, sequences: Sequences) -> Tensor:
+    k, v = kv.chunk(2, 1)
+    first = slice(0, sequences.prefix)
+    return torch.cat(
+        [
+            one_sequence(row[None], torch.cat([k[first], k[start:end]]), torch.cat([v[first], v[start:end]]), False)
+            for row, (start, end) in zip(q, bounds(sequences), strict=True)
+        ]
+    )
+
+
+def make(runs: tuple[tuple[int, int], ...], causal: bool, prefix: int, readers: bool) -> Sequences:
+    count = sum(c for c, _ in runs)
+    offsets = torch.tensor([length for c, length in runs for _ in range(c)]).cumsum(0)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), offsets]).to(torch.int32)
+    return Sequences(runs, causal, prefix, count if readers else 0, offsets)
+
+
+def fake_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """torch.nn.attention.varlen.varlen_attn as documented; flash attention's causal diagonal is at the bottom right."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size in ((-1, 0), (-1, -1))
+    assert max_q == int(cu_seq_q.diff().max()) and max_k == int(cu_seq_k.diff().max())
+    assert len(query) == cu_seq_q[-1] and len(key) == len(value) == cu_seq_k[-1] and query.shape[1:] == key.shape[1:]
+    q, k, v = (t.flatten(1).tensor_split([int(c) for c in cu[1:-1]]) for t, cu in
+               ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))  # fmt: skip
+    return torch.cat([one_sequence(*qkv, window_size == (-1, 0)) for qkv in zip(q, k, v, strict=True)]).view_as(query)
+
+
+class FakeMask:
+    """xformers' BlockDiagonalMask: lengths of queries and keys, and whether causal from the bottom right."""
+
+    def __init__(self, q: list[int], k: list[int], causal: bool = False) -> None:
+        self.q, self.k, self.causal = q, k, causal
+
+    @classmethod
+    def from_seqlens(cls, q: list[int], k: list[int], *, device: torch.device) -> FakeMask:
+        return cls(q, k)
+
+    def make_causal_from_bottomright(self) -> FakeMask:
+        return FakeMask(self.q, self.k, True)
+
+
+def fake_efficient(query: Tensor, key: Tensor, value: Tensor, attn_bias: FakeMask) -> Tensor:
+    q, k, v = (t[0].flatten(1).split(lengths) for t, lengths in
+               ((query, attn_bias.q), (key, attn_bias.k), (value, attn_bias.k)))  # fmt: skip
+    return torch.cat([one_sequence(*qkv, attn_bias.causal) for qkv in zip(q, k, v, strict=True)]).view_as(query)
+
+
+@pytest.fixture(autouse=True)
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the two kernels that need a GPU."""
+    varlen: Any = types.ModuleType("torch.nn.attention.varlen")
+    varlen.varlen_attn = fake_varlen
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    ops: Any = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = fake_efficient
+    bias: Any = types.ModuleType("xformers.ops.fmha.attn_bias")
+    bias.BlockDiagonalMask = FakeMask
+    for name, module in (("xformers.ops", ops), ("xformers.ops.fmha.attn_bias", bias)):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("xformers", "xformers.ops.fmha"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    attention._block_mask.cache_clear()
+
+
+CASES = {
+    "images": make(((3, 5),), False, 0, False),
+    "prompts": make(((2, 1), (3, 4), (1, 7)), True, 0, False),
+    "shared prefix": make(((2, 1), (3, 4), (1, 7)), True, 3, False),
+    "one length, shared prefix": make(((4, 2),), True, 2, False),
+    "readers": make(((2, 2), (1, 6)), True, 0, True),
+    "readers, shared prefix": make(((2, 2), (1, 6)), True, 4, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("chosen", KERNELS)
+@pytest.mark.parametrize("sequences", CASES.values(), ids=CASES)
+def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kernel", lambda x: chosen)
+    torch.manual_seed(0)
+    rows = sequences.prefix + sequences.body + sequences.readers
+    qkv, dy = torch.randn(rows, 3 * WIDTH).to(dtype), torch.randn(rows, WIDTH).to(dtype)
+
+    def run(of: torch.dtype, ours: bool) -> dict[str, Tensor]:
+        x = qkv.to(of, copy=True).requires_grad_()
+        y = attention.attend(x, HEADS, sequences) if ours else reference(x, sequences)
+        (dx,) = torch.autograd.grad(y, x, dy.to(of))
+        return {"y": y.detach(), **{f"d{n}": g for n, g in zip("qkv", dx.chunk(3, 1), strict=True)}}
+
+    assert_within_budget(run(dtype, True), run(dtype, False), run(torch.float64, False), dtype)
+
+
+@pytest.mark.parametrize("chosen", KERNELS)
+@pytest.mark.parametrize(
+    "sequences", [s for s in CASES.values() if not s.readers], ids=[n for n in CASES if "readers" not in n]
+)
+def test_attend_pooled(sequences: Sequences, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "kernel", lambda x: chosen)
+    torch.manual_seed(0)
+    q = torch.randn(sequences.count, WIDTH, dtype=torch.float64, requires_grad=True)
+    kv = torch.randn(sequences.prefix + sequences.body, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    got, want = attention.attend_pooled(q, kv, HEADS, sequences), reference_pooled(q, kv, sequences)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+    dy = torch.randn_like(want)
+    for one, other in zip(torch.autograd.grad(got, (q, kv), dy), torch.autograd.grad(want, (q, kv), dy), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6)), min_size=1, max_size=4),
+    prefix=st.integers(0, 3),
+    readers=st.booleans(),
+)
+def test_any_sequences_on_the_cpu(runs: list[tuple[int, int]], prefix: int, readers: bool) -> None:
+    sequences = make(tuple(runs), True, prefix, readers)
+    rows = prefix + sequences.body + sequences.readers
+    qkv = torch.randn(rows, 3 * WIDTH, dtype=torch.float64, requires_grad=True)
+    got, want = attention.attend(qkv, HEADS, sequences), reference(qkv, sequences)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
+    dy = torch.randn_like(want)
+    (one,), (other,) = (torch.autograd.grad(y, qkv, dy) for y in (got, want))
+    torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+def test_odd_heads_go_where_the_kernel_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention wants a head that is a multiple of 8."""
+    monkeypatch.setattr(attention, "kernel", lambda x: "varlen")
+    monkeypatch.setattr(attention, "_varlen", lambda *_: pytest.fail("a head of 6 went to varlen"))
+    sequences = CASES["prompts"]
+    qkv = torch.randn(sequences.body, 3 * 12, dtype=torch.float64)
+    torch.testing.assert_close(attention.attend(qkv, HEADS, sequences), reference(qkv, sequences))
+
+
+def test_which_kernel() -> None:
+    assert attention.kernel(torch.empty(0)) == "cpu"
+    assert attention.kernel(torch.empty(0, device="meta")) == "sdpa"
+
+
+class TestPacking:
+    @settings(max_examples=60, deadline=None)
+    @given(lengths=st.lists(st.integers(3, 9), min_size=1, max_size=7), prefix=st.integers(0, 2), reader=st.booleans())
+    def test_every_row_is_who_it_says(self, lengths: list[int], prefix: int, reader: bool) -> None:
+        n, context = len(lengths), 12
+        tokens = torch.arange(n * 10).view(n, 10) + 1
+        tokens[:, :prefix] = tokens[0, :prefix]
+        ids = torch.randperm(n) + 5
+        packed = packing.pack(
+            tokens, torch.tensor(lengths), ids, context=context, causal=True, prefix=prefix, reader=10 if reader else None
+        )
+        sequences = packed.sequences
+        assert len(packed.rows) == prefix + sum(lengths) - n * prefix + n * reader
+        assert packed.rows[:prefix].tolist() == list(range(prefix))
+        own = {int(r): (int(t), int(p)) for r, t, p in zip(packed.rows, packed.tokens, packed.positions, strict=True)}
+        for row, (identity, length) in enumerate(zip(ids.tolist(), lengths, strict=True)):
+            for position in range(prefix, length):
+                assert own[identity * context + position] == (int(tokens[row, position]), position)
+            place = int(packed.order[row])
+            pooled = int(packed.pooled[place])
+            assert int(packed.rows[pooled]) == identity * context + (10 if reader else length - 1)
+            start, end = bounds(sequences)[place]
+            assert end - start == length - prefix
+            assert packed.positions[start:end].tolist() == list(range(prefix, length))
+        assert sequences.offsets is not None
+        assert [e - s for s, e in bounds(sequences)] == sequences.offsets.diff().tolist()
+
+    def test_equal_lengths_are_one_run(self) -> None:
+        packed = packing.pack(
+            torch.ones(5, 9, dtype=torch.long), torch.tensor([4, 2, 4, 2, 3]), torch.arange(5), context=9, causal=True
+        )
+        assert packed.sequences.runs == ((2, 2), (1, 3), (2, 4))
+
+    @pytest.mark.parametrize(
+        ("rows", "lengths", "prefix"),
+        [
+            ([[1, 2, 3, 4], [1, 2, 5, 4]], [4, 4], 2),
+            ([[1, 2, 3, 0], [1, 2, 3, 0]], [3, 3], 2),
+            ([[1, 2, 3, 0], [9, 2, 3, 0]], [3, 3], 0),
+            ([[1, 2, 3, 0]], [3], 0),
+        ],
+        ids=["two in common", "one of its own is left", "none in common", "one prompt"],
+    )
+    def test_shared_prefix(self, rows: list[list[int]], lengths: list[int], prefix: int) -> None:
+        assert packing.shared_prefix(torch.tensor(rows), torch.tensor(lengths)) == prefix

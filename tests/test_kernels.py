@@ -1,0 +1,213 @@
+"""The Triton kernels against the float64 truth, eager's error as the budget: interpreted without a GPU, compiled with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastlora import eager
+from fastlora.kernels import lora_linear as kernels
+from fastlora.kernels import tiles
+from fastlora.kernels.launch import recording
+from kernels_support import DEVICE, ONE_PASS, PLANS, TWO_PASSES, Case, check, make, poisoned, run
+
+# bfloat16 only on a GPU: the interpreter's tl.dot multiplies its raw bits.
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+]
+CASES = {
+    "packed-odd": Case(),
+    "no-dropout": Case(dropout=0.0),
+    "k-only": Case(active=(False, True, False), dropout=0.5, m=70, layout="columns"),
+    "q-and-v": Case(active=(True, False, True), masters=False, layout="transposed", n=33, r=16, bias=False),
+    "one-group-full-tiles": Case(m=64, n=64, k=256, r=17, active=(True,), shuffled_rows=False, dropout=0.1),
+    "q-of-three": Case(active=(True,), keys=(2,), n=5, k=3, r=1, m=3),
+    "four-groups": Case(m=33, n=8, k=16, r=2, active=(True, True, False, True), keys=(3, 1, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_forward_and_backward_within_budget(plan: tiles.Plan, case: Case, dtype: torch.dtype) -> None:
+    check(make(case, dtype), dtype, plan)
+
+
+@pytest.mark.parametrize("rank", [33, 100])
+def test_large_ranks(rank: int) -> None:
+    check(make(Case(m=20, n=24, k=40, r=rank, active=(True, True)), torch.float32), torch.float32, TWO_PASSES)
+
+
+def test_the_tables_own_rows() -> None:
+    for dropout in (0.0, 0.25):
+        check(make(Case(m=19, n=24, k=140, dropout=dropout), torch.float16), torch.float16)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.builds(
+        Case,
+        m=st.integers(1, 70),
+        n=st.integers(1, 50),
+        k=st.integers(1, 150),
+        r=st.integers(1, 20),
+        active=st.lists(st.booleans(), min_size=1, max_size=3).map(tuple).filter(any),
+        dropout=st.sampled_from([0.0, 0.25, 0.3]),
+        bias=st.booleans(),
+        layout=st.sampled_from(["plain", "columns", "transposed"]),
+        masters=st.booleans(),
+        shuffled_rows=st.booleans(),
+    ),
+    st.sampled_from(sorted(PLANS)),
+)
+def test_any_shape(case: Case, plan: str) -> None:
+    check(make(case, torch.float32), torch.float32, PLANS[plan])
+
+
+@pytest.mark.parametrize("plan", [ONE_PASS, TWO_PASSES], ids=["one-pass", "two-passes"])
+def test_only_wanted_gradients_are_made_and_each_is_the_same(plan: tiles.Plan) -> None:
+    inputs = make(Case(m=40, n=16, k=24, active=(True, True)), torch.float32)
+    every = run(kernels, inputs, plan=plan)
+    for needs in itertools.product((True, False), repeat=3):
+        with poisoned():
+            got = run(kernels, inputs, needs, plan=plan)
+        for name, need in zip(("dx", "da", "db"), needs, strict=True):
+            assert (got[name] is not None) == need, (name, needs)
+            if need:
+                # another form may sum in another order
+                torch.testing.assert_close(got[name], every[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [ONE_PASS, TWO_PASSES], ids=["one-pass", "two-passes"])
+def test_same_bits_on_each_run(plan: tiles.Plan) -> None:
+    inputs = make(Case(m=165, n=20, k=20, active=(True,)), torch.float16)
+    first, second = run(kernels, inputs, plan=plan), run(kernels, inputs, plan=plan)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_result_of_a_row_does_not_depend_on_its_place() -> None:
+    inputs = make(Case(m=50, shuffled_rows=True), torch.float32)
+    y, _ = kernels.forward(inputs.x, inputs.weight, inputs.bias, *inputs.arguments(), plan=ONE_PASS)
+    order = torch.randperm(50)[:20].to(DEVICE)
+    assert inputs.rows is not None
+    rows = inputs.rows[order]
+    part, _ = kernels.forward(
+        inputs.x[order], inputs.weight, inputs.bias, inputs.a, inputs.b, inputs.case.spec, inputs.seed, rows, plan=ONE_PASS
+    )
+    torch.testing.assert_close(part, y[order], rtol=1e-5, atol=1e-5)
+
+
+def test_expanded_dy() -> None:
+    """sum() gives a dy of stride 0."""
+    inputs = make(Case(m=20), torch.float32)
+    inputs.dy = torch.ones((), device=DEVICE).expand(inputs.dy.shape)
+    check(inputs, torch.float32, ONE_PASS)
+
+
+@pytest.mark.parametrize("case", [Case(m=0), Case(m=0, dropout=0.0, active=(True,))], ids=["packed", "one"])
+def test_no_rows(case: Case) -> None:
+    inputs = make(case, torch.float32)
+    with poisoned():
+        got, want = run(kernels, inputs), run(eager, inputs)
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_inputs_are_left_alone() -> None:
+    inputs = make(Case(m=20), torch.float32)
+    before = {n: v.clone() for n, v in vars(inputs).items() if isinstance(v, torch.Tensor)}
+    run(kernels, inputs, plan=ONE_PASS)
+    for name, value in before.items():
+        assert torch.equal(getattr(inputs, name), value), name
+
+
+def test_a_group_without_adapter_is_a_plain_product() -> None:
+    inputs = make(Case(active=(True, False, True)), torch.float32)
+    with recording() as launches:
+        run(kernels, inputs, plan=ONE_PASS)
+    forward = [one.arguments for one in launches if one.kernel.__name__ == "forward_kernel"]
+    assert [(one["POSITIONS"], one["HAS_LORA"]) for one in forward] == [((0, 2), True), ((1,), False)]
+    backward = next(one.arguments for one in launches if one.kernel.__name__ == "backward_kernel")
+    assert (backward["POSITIONS"], backward["PLAIN"]) == ((0, 2), (1,))
+
+
+def test_packed_adapters_are_used_as_they_are() -> None:
+    aligned = make(Case(n=16, k=32, r=16, masters=False), torch.float16)
+    masters = make(Case(n=16, k=32, r=16, masters=True), torch.float16)
+    for inputs, packs in ((aligned, 0), (masters, 2)):
+        with recording() as launches:
+            run(kernels, inputs, plan=ONE_PASS)
+        assert sum(one.kernel.__name__ == "pack_kernel" for one in launches) == packs
+
+
+def test_table_has_a_row_for_every_class() -> None:
+    classes = itertools.product(tiles.ARCHITECTURES, ("half", "tf32", "ieee"), (16, 32, 64, 128), (False, True))
+    for arch, precision, rank, dropout in classes:
+        if rank > {"half": 128, "tf32": 64, "ieee": 32}[precision]:
+            with pytest.raises(ValueError, match="has no kernel"):
+                tiles.choose(tiles.Call(arch, precision, rank, dropout))
+            continue
+        plan = tiles.choose(tiles.Call(arch, precision, rank, dropout))
+        assert plan.measured
+        if dropout:
+            assert plan.shrink.k % 128 == plan.backward.k % 128 == plan.da.k % 128 == 0
+            assert not plan.one_pass_forward or plan.forward.k % 128 == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("rank", [2, 16, 64])
+def test_clip_shapes_with_the_tables_rows(
+    rank: int, dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    case = Case(m=6304, n=768, k=768, r=rank, dropout=dropout)
+    inputs = make(case, dtype)
+    check(inputs, dtype)
+    first, second = run(kernels, inputs), run(kernels, inputs)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    m, k = 2**31 // 768 + 4096, 768
+    case = Case(m=m, n=64, k=k, r=2, active=(True,), masters=True)
+    x = torch.randn(4096, k, device=DEVICE, dtype=torch.bfloat16).repeat(m // 4096 + 1, 1)[:m]
+    inputs = dataclasses.replace(make(dataclasses.replace(case, m=1), torch.bfloat16), case=case)
+    a, b, spec, seed, _ = inputs.arguments()
+    rows = torch.arange(m, device=DEVICE)
+    y, s = kernels.forward(x, inputs.weight, None, a, b, spec, seed, rows)
+    tail = slice(m - 3000, m)
+    want, want_s = kernels.forward(x[tail], inputs.weight, None, a, b, spec, seed, rows[tail])
+    torch.testing.assert_close(y[tail], want)
+    dx, _, _ = kernels.backward(y, x, s, inputs.weight, a, b, spec, seed, rows, (True, True, True))
+    want_dx, _, _ = kernels.backward(want, x[tail], want_s, inputs.weight, a, b, spec, seed, rows[tail], (True, True, True))
+    torch.testing.assert_close(dx[tail], want_dx)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_soak_over_random_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    for i in range(200):
+        case = Case(
+            m=int(torch.randint(1, 3000, (), generator=generator)), n=pick(64, 100, 512, 768), k=pick(64, 100, 512, 768, 1001),
+            r=pick(1, 2, 16, 17, 64), active=pick((True,), (True, True, True), (True, False, True)),
+            dropout=pick(0.0, 0.25, 0.1), layout=pick("plain", "columns", "transposed"), masters=pick(True, False),
+        )  # fmt: skip
+        dtype = pick(torch.float16, torch.bfloat16, torch.float32)
+        check(make(case, dtype, seed=i), dtype)
