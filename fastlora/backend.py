@@ -14,8 +14,8 @@ __all__ = ["choose", "describe"]
 
 log = logging.getLogger("fastlora")
 
-# A rank tile above this leaves the one-pass kernels no registers; torch's products are as good there.
-MAX_TRITON_RANK = 64
+# The largest ranks that kernels/tiles.py has rows for: a rank tile beyond them leaves the kernels no registers.
+MAX_TRITON_RANK = {"half": 128, "tf32": 64, "ieee": 32}
 
 
 def _triton_missing() -> str | None:
@@ -47,8 +47,12 @@ def _refusal(x: Tensor, rank: int) -> str | None:
         return f"x is on {x.device.type}, triton needs a CUDA or ROCm device"
     if x.dtype == torch.float64:
         return "float64 has no tensor-core kernel"
-    if rank > MAX_TRITON_RANK:
-        return f"rank {rank} is above {MAX_TRITON_RANK}"
+    precision = "half"
+    if x.dtype == torch.float32:
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if rank > MAX_TRITON_RANK[precision]:
+        kind = {"half": "half precision", "tf32": "tf32", "ieee": "float32 without tf32"}[precision]
+        return f"rank {rank} is above {MAX_TRITON_RANK[precision]}, the most in {kind}"
     return None
 
 

@@ -40,7 +40,7 @@ def arguments(device: str, dropout: float = 0.25, packed: bool = True) -> tuple[
 @pytest.mark.parametrize(("backend", "device"), DEVICES)
 def test_opcheck(backend: str, device: str, packed: bool, dropout: float) -> None:
     tensors, constants = arguments(device, dropout, packed)
-    x, weight, bias, a, b, seed, rows = tensors
+    x, weight, _, a, b, seed, rows = tensors
     torch.library.opcheck(torch.ops.fastlora.lora_linear_forward.default, (*tensors, *constants, backend))
     y, s = torch.ops.fastlora.lora_linear_forward(*tensors, *constants, backend)
     for needs in ([True, True, True], [True, False, False], [False, True, True]):

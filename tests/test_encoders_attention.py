@@ -205,7 +205,7 @@ class TestPacking:
     def test_every_row_is_who_it_says(self, lengths: list[int], prefix: int, reader: bool) -> None:
         n, context = len(lengths), 12
         tokens = torch.arange(n * 10).view(n, 10) + 1
-        tokens[:, :prefix] = tokens[0, :prefix]
+        tokens[:, :prefix] = tokens[0, :prefix].clone()
         ids = torch.randperm(n) + 5
         packed = packing.pack(
             tokens, torch.tensor(lengths), ids, context=context, causal=True, prefix=prefix, reader=10 if reader else None

@@ -31,7 +31,8 @@ def encode_image(
         model: an open_clip CLIP, CustomTextCLIP or CoCa, patched or not.
         images: (B, 3, H, W), as for the host.
         normalize: whether features get length 1.
-        seed: int or int64 tensor of one element that keys the dropout masks; None draws one from torch's generator.
+        seed: int or int64 tensor of one element that keys the dropout masks; None draws one from torch's generator. Where the
+            host's own method runs (`plan` says where), each layer draws its own.
         ids: (B,) integers, the identity of each image, default 0 … B-1: with the same seed an image with the same identity has
             the same masks in whatever batch, so ranks that share a seed give each image its place in the global batch.
 

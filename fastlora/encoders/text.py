@@ -34,7 +34,8 @@ def encode_text(
         model: an open_clip CLIP, CustomTextCLIP or CoCa, patched or not.
         tokens: (n, L) token ids, on the model's device.
         normalize: whether features get length 1.
-        seed: int or int64 tensor of one element that keys the dropout masks; None draws one from torch's generator.
+        seed: int or int64 tensor of one element that keys the dropout masks; None draws one from torch's generator. Where the
+            host's own method runs (`plan` says where), each layer draws its own.
         ids: (n,) integers, the identity of each prompt, default 0 … n-1: with the same seed a prompt with the same identity
             has the same masks in whatever batch. Keys the dropout masks only.
         share_prefix: compute the first tokens that all prompts have in common once. The same result without dropout; with it
