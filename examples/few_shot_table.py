@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def recipe(method: str, shots: int, seed: int, precision: str) -> Recipe:
     values = METHODS[method]
-    mini = {"model": "mini", "pretrained": None, "precision": precision, "crop_scale": CROPS}
+    mini: dict[str, Any] = {"model": "mini", "pretrained": None, "precision": precision, "crop_scale": CROPS}
     return Recipe(shots=shots, seed=seed, iterations=STEPS[shots], **mini, **values)
 
 
