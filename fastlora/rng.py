@@ -24,7 +24,6 @@ __all__ = ["bit_planes", "drop_bytes", "drop_rate", "keep_mask", "keep_multiplie
 ROUNDS = 7
 MAX_PLANES = 8
 COLUMNS_PER_CALL = 128
-_CALLS_AT_ONCE = 1536  # of one plane of one group on a CPU: 18 ms for 1600 rows of 768 and three groups, 35 ms without
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -49,56 +48,56 @@ def drop_rate(p: float) -> float:
     return j / 2**k
 
 
-def _philox(x: Tensor, y: Tensor, key: Tensor) -> Tensor:
-    """Philox-4x32-7 on unsigned 32-bit values held in int64.
+def _philox(counter: list[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox-4x32-7 on 32-bit words held in int64: four words whose low 32 bits count; all broadcast against each other.
 
-    x (2, ...) holds words 0 and 2 of each counter, y words 1 and 3, key (2, 1, ...) both key words; gives (2, 2, ...): x and y.
+    A product of two words wraps at 2**64, so that its low and high halves are the two words wanted. A word that is only
+    exclusive-ored next may carry anything above its low half; one that is multiplied next is cut first.
     """
-    shape = (2, *(1,) * (x.ndim - 1))
-    factors, weyl = (torch.tensor(v, device=x.device).view(shape) for v in (_MULTIPLIERS, _WEYL))
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(ROUNDS):
-        product = factors * x  # wraps modulo 2**64, so all of its bits are right
-        x, y = ((product >> 32) & _WORD).flip(0) ^ y ^ key, (product & _WORD).flip(0)
-        key = (key + weyl) & _WORD
-    return torch.stack([x, y])
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product1 >> 32) ^ (c1 ^ k0)) & _WORD
+        c2 = ((product0 >> 32) ^ (c3 ^ k1)) & _WORD
+        c1, c3 = product1, product0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return [c0, c1, c2, c3]
 
 
 def drop_bytes(seed: Tensor, site: int, groups: tuple[int, ...], rows: Tensor, columns: int, p: float) -> Tensor:
-    """Drop decisions of several groups, uint8 (G, M, ceil(columns / 128) * 16): bit c % 8 of byte c // 8 is set where dropped.
+    """Drop decisions of G groups, uint8 (G, M, ceil(columns / 128) * 16): bit c % 8 of byte c // 8 is set where dropped.
 
-    Arguments as in `keep_multiplier`, whose first step this is; drop_rate(p) must not be 0. All groups are drawn together,
-    because small tensors cost by the call.
+    Arguments as in `keep_multiplier`, whose first step this is; drop_rate(p) must not be 0. All groups are drawn together: what
+    their counters have in common is computed once.
     """
     j, planes = bit_planes(p)
-    device = rows.device
     seed = seed.reshape(())
-    key = torch.stack([seed & _WORD, ((seed >> 32) & _WORD) ^ ((site * _WEYL[0]) & _WORD)]).view(2, 1, 1, 1, 1)
-    blocks = torch.arange(-(-columns // COLUMNS_PER_CALL), device=device)
-    # words 2 and 3 of the counter: (G, planes, 1, 1)
-    group, plane = (
-        t[:, :, None, None]
-        for t in torch.meshgrid(torch.tensor(groups, device=device), torch.arange(planes, device=device), indexing="ij")
-    )
-    if len(rows) == 0:
-        return torch.empty(len(groups), 0, len(blocks) * 16, dtype=torch.uint8, device=device)
-    shape = (len(groups), planes, -1, len(blocks))
-    parts = []
-    for part in rows.split(max(1, _CALLS_AT_ONCE // len(blocks))) if device.type == "cpu" else (rows,):
-        row = (part.to(torch.int64) & _WORD)[:, None]
-        x, y = (
-            torch.stack([first.expand(*shape[:2], len(part), shape[3]), second.expand(*shape[:2], len(part), shape[3])])
-            for first, second in ((row, group), (blocks, plane))
-        )
-        # (4, G, planes, m, blocks), words 0, 1, 2, 3 in order
-        words = _philox(x, y, key).transpose(0, 1).flatten(0, 1)
-        # u < j, bit by bit, least significant plane first: a set bit of j makes a zero bit of u smaller, a clear one keeps what
-        # is smaller already
-        drop = ~words[:, :, 0]  # j is odd
-        for i in range(1, planes):
-            drop = ~words[:, :, i] | drop if (j >> i) & 1 else ~words[:, :, i] & drop
-        # (G, m, blocks, 4): little-endian words, so byte b of the row covers columns 8 b to 8 b + 7
-        parts.append((drop & _WORD).movedim(0, -1).contiguous().to(torch.uint32).view(torch.uint8).flatten(2))
-    return torch.cat(parts, 1)
+    key = (seed & _WORD, ((seed >> 32) & _WORD) ^ ((site * _WEYL[0]) & _WORD))
+    blocks = -(-columns // COLUMNS_PER_CALL)
+    # (group, plane, block, row): each word has the axes it depends on and grows by broadcasting, so that two and a half of the
+    # seven rounds cost next to nothing; rows come last, where torch's loops are long
+    counter = [
+        (rows.to(torch.int64) & _WORD).view(1, 1, 1, -1),
+        torch.arange(blocks, device=rows.device).view(1, 1, -1, 1),
+        torch.stack([torch.full((), group, device=rows.device) for group in groups]).view(-1, 1, 1, 1),
+        torch.arange(planes, device=rows.device).view(1, -1, 1, 1),
+    ]
+    drop = torch.empty(len(groups), rows.numel(), blocks, 4, dtype=torch.int32, device=rows.device)
+    for i, word in enumerate(_philox(counter, key)):
+        bits = word.expand(len(groups), planes, blocks, -1).to(torch.int32)
+        drop[..., i] = _fold(bits, j).transpose(1, 2)
+    return drop.view(torch.uint8).flatten(2)
+
+
+def _fold(bits: Tensor, j: int) -> Tensor:
+    """u < j for the numbers u whose bit i is bits[:, i], 32 at a time: int32 (G, planes, …) -> (G, …)."""
+    less = ~bits[:, 0]  # least significant first; j is odd
+    for plane in range(1, bits.shape[1]):
+        zero = ~bits[:, plane]
+        # a set bit of j makes a zero bit of u smaller, a clear one keeps what is smaller already
+        less = zero | less if (j >> plane) & 1 else zero & less
+    return less
 
 
 @functools.lru_cache(maxsize=32)
@@ -108,9 +107,16 @@ def _byte_table(p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.where(bits == 1, 0.0, 1.0 / (1.0 - drop_rate(p))).to(dtype)
 
 
-def multiplier(drop: Tensor, columns: int, p: float, dtype: torch.dtype) -> Tensor:
-    """One group's drop decisions (M, bytes) as what x is multiplied with: (M, columns) of `dtype`."""
-    return torch.nn.functional.embedding(drop.to(torch.int32), _byte_table(p, dtype, drop.device)).flatten(1)[:, :columns]
+def multiplier(drop: Tensor, columns: int, p: float, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """One group's drop decisions (M, bytes) as what x is multiplied with: (M, columns) of `dtype`.
+
+    Args:
+        out: (M, 8 * bytes) of `dtype`, contiguous, to be written to; a fresh tensor if None.
+    """
+    table = _byte_table(p, dtype, drop.device)
+    out = torch.empty(len(drop), 8 * drop.shape[1], dtype=dtype, device=drop.device) if out is None else out
+    torch.index_select(table, 0, drop.flatten().to(torch.int32), out=out.view(-1, 8))
+    return out[:, :columns]
 
 
 def keep_multiplier(seed: Tensor, site: int, group: int, rows: Tensor, columns: int, p: float, dtype: torch.dtype) -> Tensor:
