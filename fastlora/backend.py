@@ -10,12 +10,12 @@ import os
 import torch
 from torch import Tensor
 
+from .kernels import tiles  # the table only: Triton itself is not imported
+
 __all__ = ["choose", "describe"]
 
+_KINDS = {"half": "half precision", "tf32": "tf32", "ieee": "float32 without tf32"}
 log = logging.getLogger("fastlora")
-
-# The largest ranks that kernels/tiles.py has rows for: a rank tile beyond them leaves the kernels no registers.
-MAX_TRITON_RANK = {"half": 128, "tf32": 64, "ieee": 32}
 
 
 def _triton_missing() -> str | None:
@@ -47,12 +47,9 @@ def _refusal(x: Tensor, rank: int) -> str | None:
         return f"x is on {x.device.type}, triton needs a CUDA or ROCm device"
     if x.dtype == torch.float64:
         return "float64 has no tensor-core kernel"
-    precision = "half"
-    if x.dtype == torch.float32:
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    if rank > MAX_TRITON_RANK[precision]:
-        kind = {"half": "half precision", "tf32": "tf32", "ieee": "float32 without tf32"}[precision]
-        return f"rank {rank} is above {MAX_TRITON_RANK[precision]}, the most in {kind}"
+    precision = tiles.precision_of(x.dtype)
+    if rank > tiles.MAX_RANK[precision]:
+        return f"rank {rank} is above {tiles.MAX_RANK[precision]}, the most in {_KINDS[precision]}"
     return None
 
 
@@ -60,7 +57,7 @@ def _worse(x: Tensor) -> str | None:
     """Why "eager" is the better choice where "triton" could run, or None."""
     if x.device.type != "cuda":
         return "Triton's interpreter is for tests"
-    if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if tiles.precision_of(x.dtype) == "ieee":
         return "float32 without tf32 runs on cuBLAS' plain units"
     return None
 

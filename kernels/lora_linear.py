@@ -54,9 +54,7 @@ def _call(x: Tensor, weight: Tensor, a: Tensor, spec: OpSpec, seed: Tensor | Non
     j, planes = bit_planes(spec.dropout) if seed is not None else (0, 0)
     rank = a.shape[1]
     padded = max(16, triton.next_power_of_2(rank))
-    precision: tiles.Precision = "half"
-    if x.dtype == torch.float32:
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = tiles.precision_of(x.dtype)
     kind = tiles.Call(tiles.architecture(x.device), precision, padded, planes > 0)
     positions = tuple(i for i, active in enumerate(spec.active) if active)
     return _Call(

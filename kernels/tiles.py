@@ -13,7 +13,20 @@ from typing import Literal
 
 import torch
 
-__all__ = ["ARCHITECTURES", "NOT_MEASURED", "TABLE", "Call", "Plan", "Row", "Tile", "architecture", "choose", "multiprocessors"]
+__all__ = [
+    "ARCHITECTURES",
+    "MAX_RANK",
+    "NOT_MEASURED",
+    "TABLE",
+    "Call",
+    "Plan",
+    "Row",
+    "Tile",
+    "architecture",
+    "choose",
+    "multiprocessors",
+    "precision_of",
+]
 
 Precision = Literal["half", "tf32", "ieee"]
 ARCHITECTURES = (80, 90, 100)
@@ -151,9 +164,25 @@ TABLE = (
 )  # fmt: skip
 
 
+# The largest rank that every architecture has a row for: a rank tile beyond it leaves the kernels no registers.
+MAX_RANK: dict[Precision, int] = {
+    precision: min(
+        max(row.max_rank for row in TABLE if row.precision == precision and arch in row.archs) for arch in ARCHITECTURES
+    )
+    for precision in ("half", "tf32", "ieee")
+}
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    """The products that inputs of `dtype` get: float32 on tf32 units only where torch allows it."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 @functools.cache
 def choose(call: Call) -> Plan:
-    """The plan of the first row that serves a call: up to rank 128 in half precision, 64 in tf32, 32 in full float32.
+    """The plan of the first row that serves a call: up to rank MAX_RANK of its precision.
 
     Raises:
         ValueError: a rank beyond that.
@@ -161,8 +190,9 @@ def choose(call: Call) -> Plan:
     for row in TABLE:
         if row.serves(call):
             return row.plan
-    limits = "128 in half precision, 64 in tf32, 32 in float32 without it"
-    raise ValueError(f"rank {call.rank} in {call.precision} has no kernel: at most {limits}; use backend='eager'")
+    raise ValueError(
+        f"rank {call.rank} in {call.precision} has no kernel: at most {MAX_RANK[call.precision]}; use backend='eager'"
+    )
 
 
 def architecture(device: torch.device) -> int:

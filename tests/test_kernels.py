@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastlora import backend, eager
+from fastlora import eager
 from fastlora.kernels import lora_linear as kernels
 from fastlora.kernels import tiles
 from fastlora.kernels.launch import recording
@@ -42,7 +42,7 @@ def test_forward_and_backward_within_budget(plan: tiles.Plan, case: Case, dtype:
 
 
 def test_the_dispatcher_knows_which_ranks_have_rows() -> None:
-    for precision, largest in backend.MAX_TRITON_RANK.items():
+    for precision, largest in tiles.MAX_RANK.items():
         for arch in tiles.ARCHITECTURES:
             assert max(row.max_rank for row in tiles.TABLE if row.precision == precision and arch in row.archs) == largest
 
