@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from . import autograd, reference, rng
 from . import backend as backends
 from .config import BACKENDS, MAX_RANK, OpSpec
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_linear", "seed_tensor"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_SEED = 2**63 - 1
@@ -78,27 +79,16 @@ def lora_linear(
 
     m = x.shape[:-1].numel()
     rows = _check_rows(rows, m, x.device)
-    seed = _seed_tensor(seed, x.device) if rng.drop_rate(dropout) > 0 else None
+    seed = seed_tensor(seed, x.device) if rng.drop_rate(dropout) > 0 else None
     spec = OpSpec(float(scale), float(dropout), int(site), groups, active)
     chosen, _ = backends.choose(x, lora_a.shape[1], backend)
     flat = x.reshape(m, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False) if autocast else _NULL:
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if chosen == "reference":
             y = reference.lora_linear(flat, weight, bias, lora_a, lora_b, spec, seed, rows)
         else:
             y = autograd.lora_linear(flat, weight, bias, lora_a, lora_b, spec, seed, rows, chosen)
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-class _Null:
-    """contextlib.nullcontext, which torch.compile of torch 2.11 traces less readily."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-_NULL = _Null()
 
 
 def _check_groups(
@@ -158,7 +148,12 @@ def _check_rows(rows: Tensor | None, m: int, device: torch.device) -> Tensor | N
     return rows.to(torch.int64)
 
 
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """A seed as an int64 tensor () on `device`; drawn from torch's generator where none is given.
+
+    Raises:
+        TypeError, ValueError: a seed of another kind or range.
+    """
     if seed is None:
         return torch.randint(_MAX_SEED, (), device=device)
     if isinstance(seed, Tensor):

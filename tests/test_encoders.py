@@ -78,7 +78,7 @@ def model_prompts(name: str) -> Tensor:
 @pytest.fixture
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Every draw gives SEED, in the host's own forward pass as well; yields the list of draws."""
-    real, drawn = functional._seed_tensor, []
+    real, drawn = functional.seed_tensor, []
 
     def fixed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed is None:
@@ -87,7 +87,7 @@ def one_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return real(seed, device)
 
     for module in (functional, encoders.towers):
-        monkeypatch.setattr(module, "_seed_tensor", fixed)
+        monkeypatch.setattr(module, "seed_tensor", fixed)
     monkeypatch.setattr("fastlora.layers.LoRAMultiheadAttention._shared_seed", lambda self, x: fixed(None, x.device))
     yield drawn
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import _seed_tensor
+from ..functional import seed_tensor
 from ..layers import LoRALayer
 
 __all__ = ["Plan", "TextTower", "VisionTower", "first_live", "plan", "seed_for", "text_tower", "vision_tower"]
@@ -207,7 +207,7 @@ def first_live(blocks: Iterable[Any]) -> int:
 def seed_for(blocks: Iterable[Any], seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """The one seed that all layers of a forward pass get, drawn where none is given; None where no adapter drops out."""
     if any(_draws(module) for block in blocks for module in block.modules()):
-        return _seed_tensor(seed, device)
+        return seed_tensor(seed, device)
     return None
 
 
