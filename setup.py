@@ -19,6 +19,7 @@ DEPENDENCIES = [
     "scikit-learn",  # its digits are the data set of `fastlora demo`; its logistic regression is the linear probe
     "matplotlib",
     "tensorboard",
+    "pyyaml",  # the grids of `fastlora sweep`
 ]
 EXTRAS = {
     "xformers": ["xformers"],
@@ -26,8 +27,11 @@ EXTRAS = {
     "timm": ["timm"],
     "peft": ["peft"],
     "ray": ["ray"],
-    "dev": ["build", "hypothesis", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+    "data": ["datasets", "pyarrow", "webdataset"],  # Parquet, Hugging Face data sets, WebDataset tars
+    "dev": ["accelerate", "build", "hypothesis", "lightning", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
 }
+# what the tests hold the library against: the suite runs with every host and every format
+EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "data") for name in EXTRAS[extra]]
 
 setup(
     name="fastlora",

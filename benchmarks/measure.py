@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.fewshot.compare import kept_for_backward
 from machine import synchronize
 
 Call = Callable[[], object]
@@ -106,25 +107,8 @@ def by_graph(calls: Sequence[Call], stream: torch.cuda.Stream, budget: float, le
 
 
 def saved_bytes(forward: Callable[[], Any], known: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps for backward, each storage once, without those of `known` (weights and other parameters).
-
-    What a custom function saves counts too; what a contestant's input already occupies counts, as keeping it is the cost.
-    """
-    skip = {t.untyped_storage().data_ptr() for t in known}
-    kept: dict[int, int] = {}
-    held: list[Tensor] = []  # so that no freed address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in skip:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = forward()
-    del result
-    return sum(kept.values())
+    """Bytes that autograd keeps for backward, each storage once, without those of `known` (weights and other parameters)."""
+    return sum(kept_for_backward(forward, known).values())
 
 
 @contextmanager

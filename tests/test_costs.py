@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import lora_linear
+from fastlora.fewshot.compare import kept_for_backward
 from models import build, inputs
-
-
-@contextmanager
-def saved_bytes(ignore: list[Tensor]) -> Iterator[dict[int, int]]:
-    """Storage -> bytes of everything autograd keeps meanwhile, but for the storages of `ignore` (parameters, x itself)."""
-    known = {t.untyped_storage().data_ptr() for t in ignore}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield kept
 
 
 def flops(step: Callable[[], None]) -> int:
@@ -44,8 +28,8 @@ def test_packed_qkv_keeps_its_input_and_little_else(dropout: float) -> None:
     x = torch.randn(m, d).requires_grad_()
     weight, bias = torch.randn(3 * d, d), torch.randn(3 * d)
     a, b = torch.randn(3, rank, d).requires_grad_(), torch.randn(3 * d, rank).requires_grad_()
-    with saved_bytes(ignore=[weight, bias, a, b]) as kept:
-        lora_linear(x, weight, bias, a, b, scale=1.0, dropout=dropout)
+    known = [weight, bias, a, b]
+    kept = kept_for_backward(lambda: lora_linear(x, weight, bias, a, b, scale=1.0, dropout=dropout), known)
     assert x.untyped_storage().data_ptr() in kept
     assert sum(kept.values()) <= 1.1 * x.nbytes
 
@@ -53,9 +37,7 @@ def test_packed_qkv_keeps_its_input_and_little_else(dropout: float) -> None:
 def test_a_frozen_linear_keeps_no_input() -> None:
     layer = nn.Linear(64, 64).requires_grad_(False)
     x = torch.randn(8, 64).requires_grad_()
-    with saved_bytes(ignore=list(layer.parameters())) as kept:
-        layer(x)
-    assert not kept
+    assert not kept_for_backward(lambda: layer(x), layer.parameters())
 
 
 @pytest.mark.slow

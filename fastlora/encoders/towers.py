@@ -150,9 +150,8 @@ def text_tower(model: Any) -> TextTower | str:
     """
     from open_clip.transformer import TextTransformer
 
-    method = _known(model).encode_text
-    if method is not getattr(type(model), "encode_text", None):
-        return f"{type(model).__name__} has an encode_text of its own"
+    if (why := _overrides(model, "encode_text")) is not None:
+        return why
     host = getattr(model, "text", None)
     if host is None:
         host, pool, eos = model, model.text_pool_type, getattr(model, "text_eos_id", None)
@@ -183,9 +182,8 @@ def vision_tower(model: Any) -> VisionTower | str:
     """
     from open_clip.transformer import VisionTransformer
 
-    method = _known(model).encode_image
-    if method is not getattr(type(model), "encode_image", None):
-        return f"{type(model).__name__} has an encode_image of its own"
+    if (why := _overrides(model, "encode_image")) is not None:
+        return why
     host = model.visual
     if type(host) is not VisionTransformer:
         return f"{type(host).__name__} is not open_clip's VisionTransformer"
@@ -232,6 +230,13 @@ def _known(model: nn.Module) -> Any:
         f"encode_text and encode_image know open_clip's CLIP, CustomTextCLIP and CoCa, not {type(model).__qualname__}:"
         " call the model's own methods"
     )
+
+
+def _overrides(model: nn.Module, name: str) -> str | None:
+    """Why the method `name` cannot be stood in for: the model, or a subclass of open_clip's, has one of its own; or None."""
+    known = _known(model)
+    own = name in vars(model) or getattr(type(model), name) is not getattr(known, name)
+    return f"{type(model).__name__} has an {name} of its own" if own else None
 
 
 def _refused(transformer: Any) -> str | None:

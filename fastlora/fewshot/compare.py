@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -116,20 +116,29 @@ class _Step:
         return time.perf_counter() - begun
 
     def saved_bytes(self) -> int:
-        """Bytes that one forward pass keeps for backward, each storage once, parameters and buffers left out."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, Tensor] = {}
+        """Bytes that one forward pass keeps for backward, parameters and buffers left out."""
+        known = [*self.model.parameters(), *self.model.buffers()]
+        return sum(kept_for_backward(lambda: self.loss(self.model), known).values())
 
-        def pack(tensor: Tensor) -> Tensor:
-            if (where := tensor.untyped_storage().data_ptr()) not in own:
-                kept[where] = tensor  # held until the pass ends, so that no address is used twice
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss(self.model)
-        total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        del loss
-        return total
+def kept_for_backward(forward: Callable[[], object], known: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of every storage that autograd keeps of one forward pass, but for those of `known` (parameters).
+
+    What a custom function saves counts too, and so does an input: keeping it is the cost.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (where := tensor.untyped_storage().data_ptr()) not in own:
+            kept[where] = tensor  # held until the pass ends, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    sizes = {where: tensor.untyped_storage().nbytes() for where, tensor in kept.items()}
+    del result
+    return sizes
 
 
 def _synchronise() -> None:

@@ -30,9 +30,9 @@ def encode_prompts(model: Any, tokens: Tensor) -> Tensor:
     return F.normalize(encode_text(model, tokens).float(), dim=-1)
 
 
-def encode_images(model: Any, images: Tensor, seed: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-    """Normalised images (n, 3, s, s) to unit features, fp32 (n, d); `seed` and `ids` as for fastlora.encode_image."""
-    return F.normalize(encode_image(model, images, seed=seed, ids=ids).float(), dim=-1)
+def encode_images(model: Any, images: Tensor) -> Tensor:
+    """Normalised images (n, 3, s, s) to unit features, fp32 (n, d)."""
+    return F.normalize(encode_image(model, images).float(), dim=-1)
 
 
 def class_logits(model: Any, image: Tensor, text: Tensor) -> Tensor:

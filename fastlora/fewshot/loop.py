@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..encoders import TextEncoder
+from ..encoders import ImageEncoder, TextEncoder
 from .crops import Cropper, draw_boxes
 from .distributed import ALONE, Ranks
 from .errors import Interrupted, UserError
-from .evaluate import autocast, class_logits, encode_images
+from .evaluate import autocast, class_logits
 from .models import trained_state
 from .recipe import Recipe
 from .runfolder import atomic
@@ -141,7 +141,8 @@ class Loop:
             lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        # packs the prompts once, and computes what no adapter touches once
+        # looks the towers up once, packs the prompts once, and computes what no adapter touches once
+        self._images = ImageEncoder(model)
         mine = ranks.shard(len(tokens))
         self._prompts = TextEncoder(model, tokens[mine], ids=torch.arange(len(tokens))[mine])
 
@@ -165,9 +166,11 @@ class Loop:
         # drawn by every rank at every step, whatever its part of the batch, so that all go on drawing the same
         text_seed, image_seed = torch.randint(2**63 - 1, (2,), device=self.device)
         with autocast(self.device, self.dtype):
-            text = self.ranks.gather(F.normalize(self._prompts(text_seed).float(), dim=-1), self.classes)
+            text = self._prompts(text_seed)
             # a rank may get nothing of an epoch's last, short batch
-            image = encode_images(self.model, batch.images, image_seed, batch.ids) if len(batch.ids) else text[:0]
+            image = self._images(batch.images, image_seed, ids=batch.ids) if len(batch.ids) else text[:0]
+            text, image = (F.normalize(features.float(), dim=-1) for features in (text, image))
+            text = self.ranks.gather(text, self.classes)
         logits = class_logits(self.model, image, text)
         loss = F.cross_entropy(logits, batch.labels, reduction="sum") / batch.size
         return loss, (logits.argmax(1) == batch.labels).sum() / batch.size
