@@ -1,0 +1,117 @@
+"""`fastlora train`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import ENCODERS, LAYERS, SCALINGS, TARGETS, LoRAConfig
+from ..fewshot.recipe import METHODS, PRECISIONS, Recipe
+from .app import DATA_HELP, DEVICE_HELP, app, console, valid
+
+__all__ = ["train"]
+
+PAPER = "a photo of a {}."
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for everything the run leaves behind.")],
+    shots: Annotated[int, typer.Option(help="Labelled images per class to train on.")] = Recipe.shots,
+    model: Annotated[str, typer.Option(help="An open_clip model, or mini, which comes with fastlora.")] = Recipe.model,
+    pretrained: Annotated[
+        str, typer.Option(help="An open_clip tag or a checkpoint file; none for random weights. mini has its own.")
+    ] = "openai",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; the last three for comparison.")] = Recipe.method,
+    seed: Annotated[int, typer.Option(help="Of the images drawn, their order and crops, the adapters, dropout.")] = Recipe.seed,
+    rank: Annotated[int, typer.Option(help="Rank of each update, 1 to 128.")] = LoRAConfig.rank,
+    alpha: Annotated[float, typer.Option(help="Numerator of the scaling.")] = LoRAConfig.alpha,
+    dropout: Annotated[
+        float, typer.Option(help="Probability of dropping an input of the LoRA branch, in [0, 1).")
+    ] = LoRAConfig.dropout,
+    scaling: Annotated[str, typer.Option(help=f"The factor before B(Ax): {' or '.join(SCALINGS)}.")] = LoRAConfig.scaling,
+    targets: Annotated[str, typer.Option(help=f"Adapted projections, with commas, of {', '.join(TARGETS)}.")] = ",".join(
+        LoRAConfig.targets
+    ),
+    encoders: Annotated[str, typer.Option(help="Adapted encoders, with commas, of vision, text.")] = ",".join(ENCODERS),
+    layers: Annotated[str, typer.Option(help=f"{', '.join(LAYERS)}, or block numbers from 0 with commas: 0,1,11.")] = str(
+        LoRAConfig.layers
+    ),
+    template: Annotated[
+        str | None, typer.Option(help=f'The prompt, {{}} for the class name.  [default: the data set\'s own, mostly "{PAPER}"]')
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Optimizer steps.  [default: 500 a shot]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = Recipe.batch_size,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 2e-4; 1e-5 for full fine-tuning]")] = None,
+    lr_min: Annotated[float, typer.Option(help="Where the cosine schedule ends.")] = Recipe.lr_min,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = Recipe.weight_decay,
+    betas: Annotated[tuple[float, float], typer.Option(help="AdamW's betas.")] = Recipe.betas,
+    crop_scale: Annotated[
+        tuple[float, float], typer.Option(help="Smallest and largest share of the area that a training crop takes.")
+    ] = Recipe.crop_scale,
+    flip: Annotated[
+        bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the training images.  [default: yes; digits: no]")
+    ] = None,
+    max_side: Annotated[
+        int, typer.Option(help="Training images with a longer shorter side, in pixels, are shrunk once.")
+    ] = Recipe.max_side,
+    precision: Annotated[
+        str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bf16 on a GPU that has it, else fp16, on the CPU fp32.")
+    ] = Recipe.precision,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    root: Annotated[Path, typer.Option(help="Folder that holds the known sets.")] = Path("data"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in RUN.")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides the seconds.")] = None,
+) -> None:
+    """Adapt a model to DATA and write adapter, metrics and report.html to RUN. The defaults are CLIP-LoRA's recipe."""
+    lora = valid(
+        lambda: LoRAConfig(
+            rank=rank, alpha=alpha, dropout=dropout, targets=_names(targets), encoders=_names(encoders),
+            layers=_layers(layers), scaling=scaling,
+        )
+    )  # fmt: skip
+    recipe = valid(
+        lambda: Recipe(
+            model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
+            batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas, template=template,
+            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, precision=precision, lora=lora,
+        )
+    )  # fmt: skip
+    from ..fewshot import datasets
+    from ..fewshot.runfolder import RunFolder, identity
+
+    # the trainer checks all of it again; here nothing heavy is loaded yet
+    RunFolder(out).check(identity(recipe, data), resume)
+    datasets.find(data, root)
+    from ..fewshot import trainer
+
+    again = shlex.join(["fastlora", *sys.argv[1:], *([] if resume else ["--resume"])])
+    job = trainer.Job(recipe, data, out, root, device, resume, checkpoint_seconds, checkpoint_steps, again)
+    trainer.run(job, console())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """ "q,k v" -> ("q", "k", "v")."""
+    return tuple(text.replace(",", " ").split())
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    parts = _names(text)
+    if parts and all(part.isdecimal() for part in parts):
+        return tuple(int(part) for part in parts)
+    return text
+
+
+def _pretrained(model: str, pretrained: str) -> str | None:
+    """mini has weights of its own; other models take a tag, a file, or none."""
+    if model == "mini":
+        if pretrained not in ("openai", "none"):
+            raise ValueError(f"--pretrained {pretrained} does not go with --model mini, which has weights of its own")
+        return None
+    return None if pretrained == "none" else pretrained
