@@ -21,6 +21,7 @@ from .evaluate import class_logits, encode_images, encode_prompts
 from .loop import Loop
 from .recipe import ITERATIONS_PER_SHOT, Recipe
 from .runfolder import RunFolder, write_json
+from .shared import Shared
 from .trainer import Job, prepare
 from .trainer import run as train
 
@@ -76,7 +77,7 @@ def measure(recipe: Recipe, console: Console) -> list[Cost]:
     device = torch.device("cpu")
     loaded = models.load(recipe.model, recipe.pretrained, device)
     quiet = Console(quiet=True)
-    data = prepare(datasets.load("digits"), recipe, loaded.size, quiet)
+    data = prepare(datasets.load("digits"), recipe, loaded.size, quiet, Shared())
     images, labels = data.training()
     cropper = Cropper(images, loaded.size, loaded.mean, loaded.std, device)
     tokens = loaded.tokenizer(data.prompts())

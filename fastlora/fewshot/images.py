@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -40,20 +40,27 @@ class Unreadable(Exception):
 
 @dataclasses.dataclass
 class Decoded:
-    """What decoding gave: uint8 images (3, h, w) by name, broken files with their reason, and counts of what was converted."""
+    """What decoding gave, by name: uint8 images (3, h, w), why a file is broken, and what was converted."""
 
     images: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     broken: dict[str, str] = dataclasses.field(default_factory=dict)
-    remarks: Counter[str] = dataclasses.field(default_factory=Counter)
+    remarks: dict[str, set[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Memory that the images take."""
         return sum(image.nbytes for image in self.images.values())
 
+    def of(self, names: Collection[str]) -> Decoded:
+        """The part that is about `names`."""
+        return Decoded(
+            *({name: part[name] for name in names if name in part} for part in (self.images, self.broken, self.remarks))
+        )
+
     def notes(self) -> list[str]:
         """One line for each kind of thing that happened."""
-        lines = [f"images {what}: {count}" for what, count in sorted(self.remarks.items())]
+        counts = Counter(what for done in self.remarks.values() for what in done)
+        lines = [f"images {what}: {count}" for what, count in sorted(counts.items())]
         if self.broken:
             name, reason = next(iter(self.broken.items()))
             lines.append(f"images that cannot be read, left out: {len(self.broken)}, the first is {name} ({reason})")
@@ -166,8 +173,7 @@ def decode_training(items: Sequence[Item], max_side: int, into: Decoded, console
             if isinstance(result, str):
                 into.broken[item.name] = result
             else:
-                into.images[item.name], done = result
-                into.remarks.update(done)
+                into.images[item.name], into.remarks[item.name] = result
 
 
 def _pixels(item: Item, max_side: int) -> int:
@@ -232,7 +238,7 @@ class EvalImages:
                     pixels.append(result[0])
                     labels.append(item.label)
                     good.append(item)
-                    decoded.remarks.update(result[1])
+                    decoded.remarks[item.name] = result[1]
                 if pixels:
                     yield torch.stack(pixels), torch.tensor(labels)
         self.items, self.decoded = good, Decoded({}, self.decoded.broken | decoded.broken, decoded.remarks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -24,6 +25,7 @@ from .images import Decoded, EvalImages, decode_training
 from .loop import Loop, Signals, load_checkpoint
 from .recipe import Recipe
 from .runfolder import RunFolder, atomic, identity, write_json
+from .shared import Shared
 
 __all__ = ["Job", "Prepared", "choose_device", "choose_dtype", "prepare", "run"]
 
@@ -41,6 +43,7 @@ class Job:
         resume: go on with the run in `out`.
         checkpoint_seconds, checkpoint_steps: a checkpoint this often, whichever comes first.
         again: the command that resumes the run.
+        brief: leave no report.html, no TensorBoard log and no fully trained model behind.
     """
 
     recipe: Recipe
@@ -52,6 +55,7 @@ class Job:
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int | None = None
     again: str = "the same call with resume=True"
+    brief: bool = False
 
 
 @dataclasses.dataclass
@@ -76,12 +80,13 @@ class Prepared:
 
     def notes(self) -> list[str]:
         """What was left out, shrunk or converted: one line each."""
-        both = Decoded({}, self.decoded.broken | self.test.decoded.broken, self.decoded.remarks + self.test.decoded.remarks)
+        drawn, tested = self.decoded, self.test.decoded
+        both = Decoded({}, drawn.broken | tested.broken, drawn.remarks | tested.remarks)
         return [*self.dataset.notes, *self.shots.notes, *both.notes()]
 
 
-def run(job: Job, console: Console) -> dict[str, Any]:
-    """Carry out `job`; returns what metrics.json holds.
+def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, Any]:
+    """Carry out `job`; returns what metrics.json holds. Runs that are given one `shared` load and decode once.
 
     Raises:
         UserError: something the user can put right.
@@ -95,20 +100,20 @@ def run(job: Job, console: Console) -> dict[str, Any]:
     device = choose_device(job.device)
     with Ranks.join(device) as ranks:
         if ranks.first:
-            return _run(job, folder, device, ranks, console)
+            return _run(job, folder, device, ranks, console, shared or Shared())
         with tempfile.TemporaryDirectory() as elsewhere:  # the first rank's files are the run's
-            return _run(job, RunFolder(Path(elsewhere)), ranks.device(device), ranks, Console(quiet=True))
+            return _run(job, RunFolder(Path(elsewhere)), ranks.device(device), ranks, Console(quiet=True), Shared())
 
 
-def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, console: Console) -> dict[str, Any]:
+def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, console: Console, shared: Shared) -> dict[str, Any]:
     recipe = job.recipe
     dtype = choose_dtype(recipe.precision, device)
-    with Signals(f"go on with: {job.again}") as signals:
-        dataset = datasets.load(job.data, job.root)
+    with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
+        dataset = shared.dataset(job.data, job.root)
         models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
         begun = time.monotonic()
-        loaded = models.load(recipe.model, recipe.pretrained, device)
-        data = prepare(dataset, recipe, loaded.size, console)
+        loaded = lent.enter_context(shared.model(recipe.model, recipe.pretrained, device, recipe.method == "full"))
+        data = prepare(dataset, recipe, loaded.size, console, shared)
         timings = {"load model, decode training images": time.monotonic() - begun}
         folder.create()
         setting = {
@@ -128,9 +133,14 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
 
         tokens = loaded.tokenizer(data.prompts()).to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
+        frozen = recipe.model, recipe.pretrained, device, dtype, _names(data.shots.test)
         begun = time.monotonic()
         if state is None:
-            before = evaluate(loaded.model, tokens, dataset.classes, data.test, normalise, dtype, console, "zero-shot test")
+            before = shared.once(
+                dataset,
+                ("zero-shot", *frozen, data.template),
+                lambda: evaluate(loaded.model, tokens, dataset.classes, data.test, normalise, dtype, console, "zero-shot test"),
+            )
         else:
             before = Result(dataset.classes, **state["extra"]["zero_shot"])
             console.print(f"going on from step {state['step']} of {recipe.steps}")
@@ -150,42 +160,55 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             timings["test"] = time.monotonic() - begun
             if recipe.method == "lora":
                 adapters.save(loaded.model, folder.adapter)
-            else:
+            elif not job.brief:
                 _save_model(loaded.model, folder)
         elif recipe.method == "linear-probe":
             begun = time.monotonic()
-            after, details["probe_c"] = _probe(loaded, data, normalise, dtype, recipe.seed, console)
+            tested = shared.once(
+                dataset,
+                ("test features", *frozen),
+                lambda: image_features(loaded.model, data.test, normalise, dtype, console, "features"),
+            )
+            after, details["probe_c"] = _probe(loaded, data, tested, normalise, dtype, recipe.seed, console)
             timings["linear probe"] = time.monotonic() - begun
         return _finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
 
 
-def prepare(dataset: datasets.Dataset, recipe: Recipe, size: int, console: Console) -> Prepared:
+def prepare(dataset: datasets.Dataset, recipe: Recipe, size: int, console: Console, shared: Shared) -> Prepared:
     """Draw the shots and decode them; a broken image is replaced by another of its class where there is one.
 
     Raises:
         UserError: a class without a readable training image, or no test image at all.
     """
-    decoded = Decoded()
+    decoded = shared.once(dataset, ("training images", recipe.max_side), Decoded)
+    broken: set[str] = set()  # those this run came upon: what others found must not change its draw
     needs_images = recipe.method != "zero-shot"
     while True:
-        shots = sampling.draw(dataset, recipe.shots, recipe.seed, decoded.broken)
+        shots = sampling.draw(dataset, recipe.shots, recipe.seed, broken)
         have = {item.label for item in shots.train}
         for label, name in enumerate(dataset.classes):
             if label not in have:
-                broken = [item for item in dataset.train if item.label == label and item.name in decoded.broken]
-                why = f"the first is {broken[0].name} ({decoded.broken[broken[0].name]})" if broken else "there is none"
+                bad = [item.name for item in dataset.train if item.label == label and item.name in broken]
+                why = f"the first is {bad[0]} ({decoded.broken[bad[0]]})" if bad else "there is none"
                 raise UserError(f"class {name!r} has no readable training image: {why}")
         wanted = [*shots.train, *shots.val] if recipe.method == "linear-probe" else shots.train
-        known_broken = len(decoded.broken)
-        if needs_images:
-            decode_training(wanted, recipe.max_side, decoded, console)
-        if len(decoded.broken) == known_broken:
+        if not needs_images:
             break
+        decode_training(wanted, recipe.max_side, decoded, console)
+        found = {item.name for item in wanted if item.name in decoded.broken}
+        if not found:
+            break
+        broken |= found
     if not shots.test:
         raise UserError(f"no test images in {dataset.name}: add a folder test beside train, or more images a class")
     flip = dataset.flip if recipe.flip is None else recipe.flip
-    test = EvalImages(shots.test, size, console)
-    return Prepared(dataset, shots, decoded, test, recipe.template or dataset.template, flip)
+    test = shared.once(dataset, ("test images", size, _names(shots.test)), lambda: EvalImages(shots.test, size, console))
+    own = decoded.of([*broken, *(item.name for item in wanted)])
+    return Prepared(dataset, shots, own, test, recipe.template or dataset.template, flip)
+
+
+def _names(items: tuple[datasets.Item, ...]) -> tuple[str, ...]:
+    return tuple(item.name for item in items)
 
 
 def choose_device(name: str) -> torch.device:
@@ -222,8 +245,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
            state: dict[str, Any] | None, before: Result, split: dict[str, list[str]], signals: Signals, ranks: Ranks,
            console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
-    from torch.utils.tensorboard import SummaryWriter
-
     recipe, model = job.recipe, loaded.model
     torch.manual_seed(recipe.seed)
     if recipe.method == "lora":
@@ -247,22 +268,39 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
         loop.restore(state)
     zero_shot = {"labels": before.labels, "predicted": before.predicted, "confidence": before.confidence}
     extra = {"split": split, "zero_shot": zero_shot}
-    with SummaryWriter(str(folder.log), purge_step=loop.step + 1) as log:
+    with _NoLog() if job.brief else _log(folder.log, loop.step) as log:
         log.add_scalar("test/accuracy", before.accuracy, 0)
         every = job.checkpoint_seconds, job.checkpoint_steps
         loop.run(console, signals, folder.checkpoint, *every, extra, log)
     return loop
 
 
-def _probe(
-    loaded: models.LoadedModel, data: Prepared, normalise: Normalise, dtype: torch.dtype | None, seed: int, console: Console
-) -> tuple[Result, float]:
+def _log(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class _NoLog(contextlib.AbstractContextManager["_NoLog"]):
+    """A SummaryWriter that writes nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_scalar(self, *_: object) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+
+def _probe(loaded: models.LoadedModel, data: Prepared, test: tuple[Tensor, Tensor], normalise: Normalise,
+           dtype: torch.dtype | None, seed: int, console: Console) -> tuple[Result, float]:  # fmt: skip
     def centre(items: tuple[datasets.Item, ...]) -> tuple[Tensor, Tensor]:
         kept = [item for item in items if item.name in data.decoded.images]
         test_like = EvalImages(kept, loaded.size, console)
         return image_features(loaded.model, test_like, normalise, dtype, console, "features")
 
-    test = image_features(loaded.model, data.test, normalise, dtype, console, "features")
     return probe(data.dataset.classes, centre(data.shots.train), centre(data.shots.val), test, seed)
 
 
@@ -298,14 +336,16 @@ def _finish(job: Job, folder: RunFolder, data: Prepared, before: Result, after: 
     names = [item.name for item in data.test.items]
     with atomic(folder.predictions) as temporary:
         after.write_csv(temporary, names)
-    config = json.loads(folder.config.read_text(encoding="utf-8"))
-    with atomic(folder.report) as temporary:
-        history = None if loop is None else loop.history
-        report.write(temporary, config, metrics, before, after, data.test.items, history)
+    if not job.brief:
+        config = json.loads(folder.config.read_text(encoding="utf-8"))
+        with atomic(folder.report) as temporary:
+            history = None if loop is None else loop.history
+            report.write(temporary, config, metrics, before, after, data.test.items, history)
     write_json(folder.metrics, metrics)
     folder.checkpoint.unlink(missing_ok=True)
     summary.print_result(metrics, console)
-    console.print(f"report: {folder.report.resolve()}", soft_wrap=True, highlight=False)
+    if not job.brief:
+        console.print(f"report: {folder.report.resolve()}", soft_wrap=True, highlight=False)
     return metrics
 
 
