@@ -53,9 +53,11 @@ class Decoded:
 
     def of(self, names: Collection[str]) -> Decoded:
         """The part that is about `names`."""
-        return Decoded(
-            *({name: part[name] for name in names if name in part} for part in (self.images, self.broken, self.remarks))
-        )
+
+        def part(whole: dict[str, T]) -> dict[str, T]:
+            return {name: whole[name] for name in names if name in whole}
+
+        return Decoded(part(self.images), part(self.broken), part(self.remarks))
 
     def notes(self) -> list[str]:
         """One line for each kind of thing that happened."""
