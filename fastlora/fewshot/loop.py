@@ -1,4 +1,4 @@
-"""The training loop: cross-entropy on temperature × cosine(image, class prompt), AdamW, a cosine schedule.
+"""The training loop: batches in a seeded order, an objective, AdamW, a cosine schedule, checkpoints.
 
 What a step sees is a function of (seed, step): the order of an epoch of (seed, epoch), its crops of (seed, step). Only dropout
 draws from torch's own generator, whose state the checkpoint keeps. So a resumed run takes the steps an undisturbed one takes.
@@ -7,7 +7,6 @@ draws from torch's own generator, whose state the checkpoint keeps. So a resumed
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import signal
 import threading
@@ -18,17 +17,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..encoders import ImageEncoder, TextEncoder
 from .crops import Cropper, draw_boxes
 from .distributed import ALONE, Ranks
 from .errors import Interrupted, UserError
-from .evaluate import autocast, class_logits
 from .models import trained_state
+from .objective import Batch, Objective
 from .recipe import Recipe
 from .runfolder import atomic
 
@@ -85,23 +82,6 @@ class Signals(contextlib.AbstractContextManager["Signals"]):
             raise Interrupted(number, f"stopped; {self.how}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """One rank's part of a batch.
-
-    Args:
-        images: normalised crops, fp32 (n, 3, s, s).
-        labels: int64 (n,).
-        ids: int64 (n,), the place of each image in the whole batch; keys its dropout masks.
-        size: images in the whole batch.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-    size: int
-
-
 class Loop:
     """Training of a patched (or fully trainable) model; holds all that a checkpoint holds.
 
@@ -128,8 +108,7 @@ class Loop:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.recipe, self.cropper, self.ranks = model, recipe, cropper, ranks
-        self.classes = len(tokens)
-        self.dtype, self.flip, self.device = dtype, flip, tokens.device
+        self.flip, self.device = flip, tokens.device
         self.labels = labels.to(self.device)
         self.step = 0
         self.seconds = 0.0
@@ -141,10 +120,7 @@ class Loop:
             lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        # looks the towers up once, packs the prompts once, and computes what no adapter touches once
-        self._images = ImageEncoder(model)
-        mine = ranks.shard(len(tokens))
-        self._prompts = TextEncoder(model, tokens[mine], ids=torch.arange(len(tokens))[mine])
+        self.objective = Objective(model, tokens, dtype, ranks)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of a step's batch; the last one of an epoch may be short."""
@@ -161,23 +137,9 @@ class Loop:
         labels = self.labels[part.to(self.device, non_blocking=True)]
         return Batch(images, labels, torch.arange(len(index))[mine], len(index))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """This rank's share of the mean cross-entropy and of the right answers of a batch, fp32, both on the device."""
-        # drawn by every rank at every step, whatever its part of the batch, so that all go on drawing the same
-        text_seed, image_seed = torch.randint(2**63 - 1, (2,), device=self.device)
-        with autocast(self.device, self.dtype):
-            text = self._prompts(text_seed)
-            # a rank may get nothing of an epoch's last, short batch
-            image = self._images(batch.images, image_seed, ids=batch.ids) if len(batch.ids) else text[:0]
-            text, image = (F.normalize(features.float(), dim=-1) for features in (text, image))
-            text = self.ranks.gather(text, self.classes)
-        logits = class_logits(self.model, image, text)
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum") / batch.size
-        return loss, (logits.argmax(1) == batch.labels).sum() / batch.size
-
     def train_step(self) -> None:
         """One optimizer step; nothing is read back from the device."""
-        loss, accuracy = self.loss(self.batch(self.step))
+        loss, accuracy = self.objective(self.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.ranks.sum_gradients(self.optimizer.param_groups[0]["params"])
