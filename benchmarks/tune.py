@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlora.testing import repair_interpreter
 from measure import Timing, by_clock, by_graph
 from ops import FastLoRA, bind, gate, phase_calls
 from shapes import Case, InputSet
@@ -143,6 +144,8 @@ def compile_ahead(cases: list[Case]) -> Iterator[None]:
 def tune(run: Run, cases: list[Case]) -> None:
     """Time every trial of every case, groups of equal constants together; the best of each case is printed beside the row."""
     cuda = run.device.type == "cuda"
+    if not cuda:
+        repair_interpreter()
     pool = _pool() if cuda else None
     for case in cases:
         if run.left() < 60 and not run.smoke:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["CLIP_SHAPES", "assert_within_budget", "budget_report"]
+__all__ = ["CLIP_SHAPES", "assert_within_budget", "budget_report", "repair_interpreter"]
 
 # (width D, tokens of 32 images): packed q, k, v is (M, D) -> (M, 3D)
 CLIP_SHAPES = {"ViT-B-32": (768, 32 * 50), "ViT-B-16": (768, 32 * 197), "ViT-L-14": (1024, 32 * 257), "text": (512, 9000)}
@@ -38,3 +42,26 @@ def assert_within_budget(
     """Raise AssertionError naming every result outside the budget of `budget_report`."""
     failed = [line for ok, line in budget_report(got, eager, truth, dtype) if not ok]
     assert not failed, "outside the error budget: " + "; ".join(failed)
+
+
+def repair_interpreter() -> None:
+    """Let Triton's interpreter run loops under NumPy 2.5, before the first interpreted kernel; nothing where it can already.
+
+    Up to Triton 3.7 a loop's bound, an array of one element there, went through int(), which NumPy deprecated and 2.5 refuses.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 8):
+        return
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_fastlora_repaired"):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_repair
+    interpreter._fastlora_repaired = True

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import drop, drop_words, load_key, load_row_ids
+from .dropout import drop, keep_words, load_key, load_row_ids
 from .forward import pick
 
 
@@ -147,7 +147,7 @@ def backward_kernel(
             a_ptrs = a_ptr + tl.cast(number, tl.int64) * RANK * stride_ar + k0 + (offs_r[:, None] * stride_ar + in_k[None, :])
             a = tl.load(a_ptrs, mask=mask_k, other=0.0)
             if PLANES > 0:
-                words = drop_words(key0, key1, pick(KEYS, number), row_ids, k0, J, PLANES, BLOCK_K)
+                words = keep_words(key0, key1, pick(KEYS, number), row_ids, k0, J, PLANES, BLOCK_K)
                 acc += drop(tl.dot(ds_half, a, input_precision=PRECISION), words)
             else:
                 acc = tl.dot(ds_half, a, acc, input_precision=PRECISION)
@@ -248,7 +248,7 @@ def da_kernel(
             ds = tl.load(ds_ptrs, mask=mask_m, other=0.0)
             dropped = x
             if PLANES > 0:
-                dropped = drop(x, drop_words(key0, key1, pick(KEYS, first + i), row_ids, k0, J, PLANES, BLOCK_K))
+                dropped = drop(x, keep_words(key0, key1, pick(KEYS, first + i), row_ids, k0, J, PLANES, BLOCK_K))
             new += (tl.dot(tl.trans(ds), dropped, acc[i], input_precision=PRECISION),)  # type: ignore[assignment]
         acc = new
     for i in tl.static_range(PER):

@@ -3,8 +3,8 @@
     key     = (seed low word, seed high word ^ site * 0x9E3779B9)
     counter = (row identity, column // 128, group, plane)
 
-One call gives one bit plane of 128 columns; column c has bit c % 32 of word (c % 128) // 32. An element is dropped when the
-k-bit number of its planes is below J, with J / 2**k the probability. See fastlora.rng for the derivation.
+One call gives one bit plane of 128 columns; column c has bit c % 32 of word (c % 128) // 32. An element is kept when the
+k-bit number u of its planes is at least J, with J / 2**k the drop rate. See fastlora.rng for the derivation.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def load_row_ids(rows_ptr, offs_m, M):
 
 
 @triton.jit
-def drop_words(k0, k1, group, row_ids, column, J: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Drop decisions as bits, uint32 [len(row_ids), COLUMNS // 32], for COLUMNS columns from `column` on.
+def keep_words(k0, k1, group, row_ids, column, J: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Keep decisions as bits, uint32 [len(row_ids), COLUMNS // 32], for COLUMNS columns from `column` on.
 
     Both are multiples of 128, so that no drawn bit is thrown away.
     """
@@ -54,24 +54,25 @@ def drop_words(k0, k1, group, row_ids, column, J: tl.constexpr, PLANES: tl.const
     c0 = row_ids[:, None] + zero
     c1 = (column // 128 + tl.arange(0, CALLS))[None, :].to(tl.uint32) + zero
     c2 = group.to(tl.uint32) + zero
-    d0, d1, d2, d3 = zero, zero, zero, zero
-    for plane in tl.static_range(PLANES):  # least significant first
+    # J is odd: of the lowest plane alone, u >= J where its bit is set
+    e0, e1, e2, e3 = philox(c0, c1, c2, zero, k0, k1)
+    for plane in tl.static_range(1, PLANES):
         w0, w1, w2, w3 = philox(c0, c1, c2, zero + plane, k0, k1)
-        # u < J, bit by bit: a set bit of J makes a zero bit of u smaller, a clear one keeps what is smaller already.
+        # u >= J, bit by bit: where J has a bit u needs it too, where J has none a bit of u is enough
         if (J >> plane) & 1:
-            d0, d1, d2, d3 = ~w0 | d0, ~w1 | d1, ~w2 | d2, ~w3 | d3
+            e0, e1, e2, e3 = w0 & e0, w1 & e1, w2 & e2, w3 & e3
         else:
-            d0, d1, d2, d3 = ~w0 & d0, ~w1 & d1, ~w2 & d2, ~w3 & d3
+            e0, e1, e2, e3 = w0 | e0, w1 | e1, w2 | e2, w3 | e3
     # tl.join puts its two operands along a new last axis: [m, call, high, low] is word 2 * high + low.
-    words = tl.join(tl.join(d0, d2), tl.join(d1, d3))
+    words = tl.join(tl.join(e0, e2), tl.join(e1, e3))
     return tl.reshape(words, (BLOCK_M, COLUMNS // 32))
 
 
 @triton.jit
 def drop(tile, words):
-    """The tile [BLOCK_M, COLUMNS] with 0 where the bits of words [BLOCK_M, COLUMNS // 32] say drop."""
+    """The tile [BLOCK_M, COLUMNS] with 0 where a bit of the words [BLOCK_M, COLUMNS // 32] is not set."""
     BLOCK_M: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
     spread = tl.broadcast_to(words[:, :, None], (BLOCK_M, COLUMNS // 32, 32))
     bits = tl.reshape(spread, (BLOCK_M, COLUMNS)) >> (tl.arange(0, COLUMNS) % 32).to(tl.uint32)[None, :]
-    return tl.where((bits & 1) != 0, tl.zeros_like(tile), tile)
+    return tl.where((bits & 1) != 0, tile, tl.zeros_like(tile))

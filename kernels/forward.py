@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import drop, drop_words, load_key, load_row_ids
+from .dropout import drop, keep_words, load_key, load_row_ids
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def shrink_kernel(
             a = tl.load(a_ptrs + i * RANK * stride_ar, mask=None if EVEN_K else in_k, other=None if EVEN_K else 0.0)
             dropped = x
             if PLANES > 0:
-                dropped = drop(x, drop_words(k0, k1, pick(KEYS, first + i), row_ids, k, J, PLANES, BLOCK_K))
+                dropped = drop(x, keep_words(k0, k1, pick(KEYS, first + i), row_ids, k, J, PLANES, BLOCK_K))
             new += (tl.dot(a, tl.trans(dropped), acc[i], input_precision=PRECISION),)  # type: ignore[assignment]
         acc = new
         x_ptrs += BLOCK_K * stride_xk
@@ -129,7 +129,7 @@ def forward_kernel(
             a = tl.load(a_ptrs, mask=None if EVEN_K else in_k[None, :], other=None if EVEN_K else 0.0)
             dropped = x
             if DROPOUT:
-                dropped = drop(x, drop_words(k0, k1, key, row_ids, k, J, PLANES, BLOCK_K))
+                dropped = drop(x, keep_words(k0, k1, key, row_ids, k, J, PLANES, BLOCK_K))
             s_acc = tl.dot(a, tl.trans(dropped), s_acc, input_precision=PRECISION)
             a_ptrs += BLOCK_K
         x_ptrs += BLOCK_K * stride_xk

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlora.testing import repair_interpreter
+
 # With the repository's root on sys.path, the folder kernels/ would hide PyPI's `kernels`, which transformers imports.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
@@ -16,6 +18,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 # Triton reads this when it is first imported: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    repair_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

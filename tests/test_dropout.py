@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastlora import rng
-from fastlora.kernels.dropout import drop, drop_words, load_key, load_row_ids
+from fastlora.kernels.dropout import drop, keep_words, load_key, load_row_ids
 from kernels_support import DEVICE
 
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
@@ -27,7 +27,7 @@ def keep_kernel(  # type: ignore[no-untyped-def]
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ids = load_row_ids(rows_ptr, offs_m, M)
     for column in range(0, K, COLUMNS):
-        words = drop_words(k0, k1, tl.cast(group, tl.int32), ids, column, J, PLANES, COLUMNS)
+        words = keep_words(k0, k1, tl.cast(group, tl.int32), ids, column, J, PLANES, COLUMNS)
         kept = drop(tl.full((BLOCK_M, COLUMNS), 1.0, tl.float32), words)
         offs_k = column + tl.arange(0, COLUMNS)
         mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
