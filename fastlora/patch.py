@@ -83,9 +83,7 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
     if not sites:
         raise ValueError("nothing to adapt: " + "; ".join(f"{path}: {why}" for path, why in skipped.items()))
     # all drop-ins are made before one is put in place: an error leaves the model as it was
-    layers = {
-        path: adopt(model.get_submodule(path), config, site=site, active=active) for path, (site, active) in sites.items()
-    }
+    layers = {path: adopt(model.get_submodule(path), config, **vars(site)) for path, site in sites.items()}
     record = _Record(config, {path: model.get_submodule(path) for path in layers}, [], skipped)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -159,11 +157,19 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
     return None if record is None else record.config
 
 
-def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, tuple[int, tuple[bool, ...]]], dict[str, str]]:
-    """Path -> (site, active groups) of every module to adapt; path -> reason of what is left alone."""
-    sites: dict[str, tuple[int, tuple[bool, ...]]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Adoption:
+    """What `adopt` takes beside the module and the config."""
+
+    site: int
+    active: tuple[bool, ...]
+    weights: tuple[str, ...]
+
+
+def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, _Adoption], dict[str, str]]:
+    """Path -> what is wanted of every module to adapt; path -> reason of what is left alone."""
+    sites: dict[str, _Adoption] = {}
     skipped: dict[str, str] = {}
-    qkv = tuple(target in config.targets for target in ("q", "k", "v"))
     for number, tower in enumerate(hosts.towers(model)):
         if tower.encoder not in config.encoders:
             continue
@@ -171,17 +177,15 @@ def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, tuple[int, t
             skipped[tower.path] = tower.refused
             continue
         for index in config.layer_indices(len(tower.blocks)):
-            block = tower.blocks[index]
-            paths = (block.attention, block.out, block.fc1, block.fc2)
-            # nn.MultiheadAttention reads out_proj.weight and never calls out_proj: an adapter there needs the drop-in around it
-            wanted = (any(qkv) or "o" in config.targets, *(target in config.targets for target in ("o", "fc1", "fc2")))
-            for kind, (path, want) in enumerate(zip(paths, wanted, strict=True)):
-                if path is None or not want:
+            for kind, site in enumerate(tower.blocks[index]):
+                active = tuple(target in config.targets for target in site.targets)
+                if not any(active) and not set(site.carries) & set(config.targets):
                     continue
-                if (why := refusal(model.get_submodule(path))) is not None:
-                    skipped[path] = why
-                else:  # the same module has the same site whatever else is adapted
-                    sites[path] = ((number * 1024 + index) * 4 + kind, qkv if kind == 0 else (True,))
+                if (why := refusal(model.get_submodule(site.path), site.weights)) is not None:
+                    skipped[site.path] = why
+                else:  # the same module has the same number whatever else is adapted
+                    key = (((kind // 4) * 64 + number) * 1024 + index) * 4 + kind % 4
+                    sites[site.path] = _Adoption(key, active, site.weights)
     return sites, skipped
 
 

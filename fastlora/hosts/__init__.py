@@ -6,32 +6,35 @@ import dataclasses
 
 from torch import nn
 
-__all__ = ["Block", "Tower", "towers"]
+__all__ = ["Site", "Tower", "towers"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """The adaptable modules of one transformer block, as paths within the model; None where it has none.
+class Site:
+    """One module that can take an adapter.
 
     Args:
-        attention: nn.MultiheadAttention (packed q, k, v), or the Linear of a packed q, k, v.
-        out: the output projection (o).
-        fc1, fc2: the two Linears of the MLP.
+        path: the module within the model: a Linear, an nn.MultiheadAttention, or with `weights` an attention of the host's own.
+        targets: what its groups of rows are: ("q", "k", "v"), or one of ("o",), ("fc1",), ("fc2",).
+        weights: the parameters within the module that hold q, k, v (all in one, or one each), where the module's own forward
+            gives them to F.linear.
+        carries: targets of sites inside this module that it reads without calling them, so that their adapters work only with
+            the drop-in around them.
     """
 
-    attention: str
-    out: str | None = None
-    fc1: str | None = None
-    fc2: str | None = None
+    path: str
+    targets: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+    carries: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """One encoder: its blocks from bottom to top, or the reason why it cannot be adapted."""
+    """One encoder: the sites of its blocks from bottom to top, or the reason why it cannot be adapted."""
 
     encoder: str
     path: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[tuple[Site, ...], ...]
     refused: str | None = None
 
 

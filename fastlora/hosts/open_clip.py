@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import Block, Tower
+from . import Site, Tower
 
 __all__ = ["matches", "towers"]
 
@@ -37,5 +37,12 @@ def _tower(model: nn.Module, encoder: str, path: str) -> Tower:
     sites = []
     for i in range(len(blocks)):
         block = f"{path}.resblocks.{i}"
-        sites.append(Block(f"{block}.attn", f"{block}.attn.out_proj", f"{block}.mlp.c_fc", f"{block}.mlp.c_proj"))
+        sites.append(
+            (
+                Site(f"{block}.attn", ("q", "k", "v"), carries=("o",)),
+                Site(f"{block}.attn.out_proj", ("o",)),
+                Site(f"{block}.mlp.c_fc", ("fc1",)),
+                Site(f"{block}.mlp.c_proj", ("fc2",)),
+            )
+        )
     return Tower(encoder, path, tuple(sites))

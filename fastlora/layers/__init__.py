@@ -1,0 +1,13 @@
+"""Drop-in modules: the host's own parameters under their own names, plus lora_A and lora_B.
+
+A drop-in takes the place of one module instance. It shares the host's parameters, buffers, hooks and state_dict keys, so
+optimizers, checkpoints and `model.to()` go on working, and the host can be put back as it was.
+"""
+
+from .adopt import adopt, refusal, release
+from .attention import LoRAMultiheadAttention
+from .base import LoRALayer
+from .host_attention import LoRAHostAttention
+from .linear import LoRALinear
+
+__all__ = ["LoRAHostAttention", "LoRALayer", "LoRALinear", "LoRAMultiheadAttention", "adopt", "refusal", "release"]

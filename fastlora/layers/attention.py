@@ -1,0 +1,98 @@
+"""LoRAMultiheadAttention: nn.MultiheadAttention with adapters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import LoRALayer
+
+__all__ = ["LoRAMultiheadAttention"]
+
+
+class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
+    """nn.MultiheadAttention with adapters on its packed q, k, v; the options of the host behave as its own."""
+
+    def base_weights(self) -> tuple[Tensor, ...]:
+        return (self.in_proj_weight,)
+
+    def project_qkv(self, x: Tensor, *, seed: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """x (..., D) -> q, k, v side by side (..., 3D)."""
+        return self._project(x, self.in_proj_bias, seed, rows)
+
+    def project_group(
+        self, x: Tensor, first: int, last: int, *, seed: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Only the projections first … last-1 of (q, k, v): x (..., D) -> (..., (last-first)·D)."""
+        return self._project(x, self.in_proj_bias, seed, rows, slice(first, last))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward: the same arguments, shapes and results."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError("need attn_mask if specifying the is_causal hint")
+        same = query is key and key is value
+        batched = query.ndim == 3
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        if not same:  # self-attention on copies stays one packed product only where the tensors are the same object
+            seed = self._shared_seed(query)
+            parts = [self.project_group(t, i, i + 1, seed=seed) for i, t in enumerate((query, key, value))]
+        else:
+            parts = list(self.project_qkv(query).chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in parts)
+
+        mask = self._attention_mask(attn_mask, key_padding_mask, q, k)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            out = weights @ v
+        else:
+            weights = None
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+
+        if weights is not None:
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights[0]
+        if not batched:
+            return out[0], weights
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _shared_seed(self, x: Tensor) -> Tensor | None:
+        """One seed for three separate calls: a draw each would be as right, but packed and separate then differ."""
+        if not self.training or self.spec.dropout == 0.0 or self.merged or not self.adapted:
+            return None
+        return torch.randint(2**63 - 1, (), device=x.device)
+
+    def _attention_mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """Both masks (bool: True is masked; float: added) as one additive mask that broadcasts to (B, H, L, S)."""
+
+        def additive(mask: Tensor) -> Tensor:
+            return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -math.inf) if mask.dtype == torch.bool else mask
+
+        mask = None
+        if attn_mask is not None:
+            mask = additive(attn_mask).to(q.dtype)
+            if mask.ndim == 3:  # (B·H, L, S)
+                mask = mask.view(len(q), self.num_heads, q.shape[2], k.shape[2])
+        if key_padding_mask is not None:
+            padding = additive(key_padding_mask).to(q.dtype).view(-1, 1, 1, k.shape[2])
+            mask = padding if mask is None else mask + padding
+        return mask
