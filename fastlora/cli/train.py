@@ -60,6 +60,12 @@ def train(
     max_side: Annotated[
         int, typer.Option(help="Training images with a longer shorter side, in pixels, are shrunk once.")
     ] = Recipe.max_side,
+    base_to_new: Annotated[
+        bool, typer.Option("--base-to-new", help="Train on the first half of the classes, test on each half by its own words.")
+    ] = Recipe.base_to_new,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="DATA", help="Another data set to test before and after; may be repeated.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bf16 on a GPU that has it, else fp16, on the CPU fp32.")
     ] = Recipe.precision,
@@ -80,7 +86,8 @@ def train(
         lambda: Recipe(
             model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
             batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas, template=template,
-            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, precision=precision, lora=lora,
+            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, base_to_new=base_to_new,
+            precision=precision, lora=lora,
         )
     )  # fmt: skip
     from ..fewshot import datasets
@@ -88,11 +95,13 @@ def train(
 
     # the trainer checks all of it again; here nothing heavy is loaded yet
     RunFolder(out).check(identity(recipe, data), resume)
-    datasets.find(data, root)
+    for name in (data, *(also or ())):
+        datasets.find(name, root)
     from ..fewshot import trainer
 
     again = shlex.join(["fastlora", *sys.argv[1:], *([] if resume else ["--resume"])])
-    job = trainer.Job(recipe, data, out, root, device, resume, checkpoint_seconds, checkpoint_steps, again)
+    often = checkpoint_seconds, checkpoint_steps
+    job = trainer.Job(recipe, data, out, root, device, resume, *often, again, also=tuple(also or ()))
     trainer.run(job, console())
 
 

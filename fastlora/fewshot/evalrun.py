@@ -14,7 +14,7 @@ from .. import checkpoint as adapters
 from . import datasets, models, report, summary
 from .crops import Normalise
 from .errors import UserError
-from .evaluate import evaluate
+from .evaluate import Exam, evaluate
 from .images import EvalImages
 from .loop import Signals
 from .recipe import Recipe
@@ -65,7 +65,8 @@ def run(
         tokens = loaded.tokenizer([prompt.format(name) for name in dataset.classes]).to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
         test = EvalImages(items, loaded.size, console)
-        rest = (tokens, dataset.classes, test, normalise, dtype, console)
+        exam = Exam("test", dataset.classes, test, tokens)
+        rest = (exam, normalise, dtype, console)
         begun = time.monotonic()
         before = evaluate(loaded.model, *rest, "zero-shot test")
         after = before

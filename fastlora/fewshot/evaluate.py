@@ -18,7 +18,17 @@ from ..encoders import encode_image, encode_text
 from .crops import Normalise
 from .images import EvalImages, bar
 
-__all__ = ["Result", "autocast", "class_logits", "encode_images", "encode_prompts", "evaluate", "image_features", "probe"]
+__all__ = [
+    "Exam",
+    "Result",
+    "autocast",
+    "class_logits",
+    "encode_images",
+    "encode_prompts",
+    "evaluate",
+    "image_features",
+    "probe",
+]
 
 BATCH = 128
 # Logistic regression's C is chosen from these by validation images, else by cross-validation on the shots.
@@ -90,6 +100,23 @@ class Result:
                 writer.writerow((name, self.classes[label], self.classes[guess], f"{p:.4f}"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """A test: images, and the words that they are told apart by.
+
+    Args:
+        name: what it is called: "test", "new classes", or another data set.
+        classes: class names; the labels of `images` index them.
+        images: the test images.
+        tokens: int64 (classes, length), the class prompts, on the model's device.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    images: EvalImages
+    tokens: Tensor
+
+
 @torch.no_grad()
 def image_features(
     model: nn.Module, test: EvalImages, normalise: Normalise, dtype: torch.dtype | None, console: Console, what: str
@@ -112,9 +139,7 @@ def image_features(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    tokens: Tensor,
-    classes: tuple[str, ...],
-    test: EvalImages,
+    exam: Exam,
     normalise: Normalise,
     dtype: torch.dtype | None,
     console: Console,
@@ -122,13 +147,13 @@ def evaluate(
 ) -> Result:
     """Classify every test image by the closest class prompt; the model is put in eval mode."""
     model.eval()
-    features, labels = image_features(model, test, normalise, dtype, console, what)
+    features, labels = image_features(model, exam.images, normalise, dtype, console, what)
     if not len(labels):
-        return Result(classes, labels, labels.clone(), torch.empty(0))
-    with autocast(tokens.device, dtype):
-        text = encode_prompts(model, tokens)
+        return Result(exam.classes, labels, labels.clone(), torch.empty(0))
+    with autocast(exam.tokens.device, dtype):
+        text = encode_prompts(model, exam.tokens)
     best = class_logits(model, features, text).softmax(-1).max(-1)
-    return Result(classes, labels, best.indices.cpu(), best.values.cpu())
+    return Result(exam.classes, labels, best.indices.cpu(), best.values.cpu())
 
 
 def probe(

@@ -15,6 +15,8 @@ from ..config import LoRAConfig
 __all__ = ["METHODS", "PRECISIONS", "Recipe"]
 
 METHODS = ("lora", "full", "linear-probe", "zero-shot")
+# Classes are words to these, to the others rows of a matrix.
+BY_WORDS = ("lora", "full", "zero-shot")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # Full fine-tuning at LoRA's rate destroys a pretrained CLIP; 1e-5 is the usual rate for it.
 DEFAULT_LR = {"lora": 2e-4, "full": 1e-5}
@@ -41,6 +43,7 @@ class Recipe:
         flip: mirror half of the training images; None for the data set's own (yes, but not for digits).
         max_side: training images whose shorter side is longer than this many pixels are shrunk once.
         seed: of the images drawn, their order, their crops, the adapters and dropout.
+        base_to_new: train on the first half of the classes alone, test on each half by its own words.
         precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp16; fp32 on the CPU.
         lora: rank, alpha, dropout, targets, encoders, layers, scaling.
 
@@ -63,12 +66,17 @@ class Recipe:
     flip: bool | None = None
     max_side: int = 512
     seed: int = 1
+    base_to_new: bool = False
     precision: str = "auto"
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("precision", self.precision, PRECISIONS)
+        if self.base_to_new and not self.names_any_class:
+            raise ValueError(
+                f"base_to_new: {self.method} tells only the classes it was trained on; choose {', '.join(BY_WORDS)}"
+            )
         for name in ("shots", "batch_size", "max_side"):
             _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
@@ -101,6 +109,11 @@ class Recipe:
     def trains(self) -> bool:
         """Whether there is a training loop."""
         return self.method in ("lora", "full")
+
+    @property
+    def names_any_class(self) -> bool:
+        """Whether the adapted model classifies by words, so that it can be tested on classes it was not trained on."""
+        return self.method in BY_WORDS
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0, 1, …: lr_min + (lr - lr_min) (1 + cos(pi step / steps)) / 2."""

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluate import Result
+from .halves import harmonic_mean
 from .recipe import Recipe
 
-__all__ = ["environment", "measures", "print_result", "write_history"]
+__all__ = ["base_to_new", "environment", "measures", "other", "print_result", "write_history"]
 
 # A larger matrix would make the file unreadable; predictions.csv has every prediction anyway.
 LARGEST_MATRIX = 200
@@ -36,6 +37,27 @@ def measures(before: Result, after: Result) -> dict[str, Any]:
         "most_confused": [{"class": true, "predicted": guess, "images": count} for true, guess, count in after.most_confused()],
         "confusion": after.confusion().tolist() if len(after.classes) <= LARGEST_MATRIX else None,
     }
+
+
+def base_to_new(base: tuple[Result, Result], new: tuple[Result, Result]) -> dict[str, Any]:
+    """Accuracies in percent on both halves of the classes and their harmonic mean; each half is (before, after)."""
+
+    def row(on_base: float, on_new: float) -> dict[str, float]:
+        values = {"base": on_base, "new": on_new, "harmonic_mean": harmonic_mean(on_base, on_new)}
+        return {name: round(value, 4) for name, value in values.items()}
+
+    (base_before, base_after), (new_before, new_after) = base, new
+    counts = {"base_classes": len(base_after.classes), "new_classes": len(new_after.classes)}
+    zero_shot = row(base_before.accuracy, new_before.accuracy)
+    images = {"new_test_images": len(new_after.labels)}
+    return {**row(base_after.accuracy, new_after.accuracy), "zero_shot": zero_shot, **counts, **images}
+
+
+def other(data: str, before: Result, after: Result) -> dict[str, Any]:
+    """Accuracy in percent on another data set, before and after."""
+    values = {"zero_shot": before.accuracy, "accuracy": after.accuracy, "change": after.accuracy - before.accuracy}
+    rounded = {name: round(value, 4) for name, value in values.items()}
+    return {"data": data, "classes": len(after.classes), "test_images": len(after.labels), **rounded}
 
 
 def environment(device: torch.device, dtype: torch.dtype | None) -> dict[str, str]:
@@ -79,6 +101,13 @@ def print_result(metrics: dict[str, Any], console: Console) -> None:
         console.print(f"most confused: {pairs}", highlight=False)
     for note in metrics.get("notes", ()):
         console.print(f"note: {note}", highlight=False, markup=False)
+    for row in metrics.get("also", ()):
+        console.print(f"{row['data']}: {row['zero_shot']:.2f} % before, {row['accuracy']:.2f} % after", highlight=False)
+    if halves := metrics.get("base_to_new"):
+        console.print(
+            f"base {halves['base']:.2f} %, new {halves['new']:.2f} %, harmonic mean {halves['harmonic_mean']:.2f} %"
+            f" (zero-shot {halves['zero_shot']['harmonic_mean']:.2f} %)"
+        )
     console.print(
         f"[bold]accuracy: {metrics['accuracy']:.2f} %[/bold] of {metrics['test_images']} test images"
         f" (zero-shot {metrics['zero_shot_accuracy']:.2f} %)"

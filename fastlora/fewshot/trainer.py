@@ -7,6 +7,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ from . import datasets, models, report, sampling, summary
 from .crops import Cropper, Normalise
 from .distributed import Ranks
 from .errors import UserError
-from .evaluate import Result, evaluate, image_features, probe
+from .evaluate import Exam, Result, evaluate, image_features, probe
+from .halves import base_and_new
 from .images import Decoded, EvalImages, decode_training
 from .loop import Loop, Signals, load_checkpoint
 from .recipe import Recipe
 from .runfolder import RunFolder, atomic, identity, write_json
 from .shared import Shared
 
-__all__ = ["Job", "Prepared", "choose_device", "choose_dtype", "prepare", "run"]
+__all__ = ["NEW", "TEST", "Job", "Prepared", "choose_device", "choose_dtype", "prepare", "run"]
+
+# What the tests of a run are called beside the names of other data sets.
+TEST, NEW = "test", "new classes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Job:
         checkpoint_seconds, checkpoint_steps: a checkpoint this often, whichever comes first.
         again: the command that resumes the run.
         brief: leave no report.html, no TensorBoard log and no fully trained model behind.
+        also: other data sets, as `datasets.load` takes them, to test before and after: what does the model forget?
     """
 
     recipe: Recipe
@@ -56,6 +62,13 @@ class Job:
     checkpoint_steps: int | None = None
     again: str = "the same call with resume=True"
     brief: bool = False
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.also and not self.recipe.names_any_class:
+            raise UserError(f"--also: {self.recipe.method} tells only the classes it was trained on: leave --also out")
+        if twice := next((data for i, data in enumerate(self.also) if data in (self.data, *self.also[:i])), None):
+            raise UserError(f"--also {twice} is tested anyway: name other data sets, each once")
 
 
 @dataclasses.dataclass
@@ -109,11 +122,13 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
     recipe = job.recipe
     dtype = choose_dtype(recipe.precision, device)
     with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
-        dataset = shared.dataset(job.data, job.root)
+        whole = shared.dataset(job.data, job.root)
+        dataset, new = base_and_new(whole) if recipe.base_to_new else (whole, None)
+        others = {data: shared.dataset(data, job.root) for data in job.also}
         models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
         begun = time.monotonic()
         loaded = lent.enter_context(shared.model(recipe.model, recipe.pretrained, device, recipe.method == "full"))
-        data = prepare(dataset, recipe, loaded.size, console, shared)
+        data = prepare(dataset, recipe, loaded.size, console, shared, whole)
         timings = {"load model, decode training images": time.monotonic() - begun}
         folder.create()
         setting = {
@@ -131,23 +146,36 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             raise UserError(f"--resume: the images in {job.data} are not those the run in {job.out} began with")
         write_json(folder.split, split)
 
-        tokens = loaded.tokenizer(data.prompts()).to(device)
+        def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
+            prompts = [(recipe.template or about.template).format(word) for word in about.classes]
+            return Exam(name, about.classes, images, loaded.tokenizer(prompts).to(device))
+
+        def held_out(about: datasets.Dataset) -> EvalImages:
+            items = about.train if about.test is None else about.test
+            key = "test images", loaded.size, about.classes, _names(items)
+            return shared.once(whole, key, lambda: EvalImages(items, loaded.size, console))
+
+        exams = [exam(TEST, dataset, data.test)]
+        exams += [exam(NEW, new, held_out(new))] if new is not None else []
+        exams += [exam(name, other, held_out(other)) for name, other in others.items()]
+        tokens = exams[0].tokens
         normalise = Normalise(loaded.mean, loaded.std, device)
-        frozen = recipe.model, recipe.pretrained, device, dtype, _names(data.shots.test)
+        frozen = recipe.model, recipe.pretrained, device, dtype
         begun = time.monotonic()
-        if state is None:
-            before = shared.once(
-                dataset,
-                ("zero-shot", *frozen, data.template),
-                lambda: evaluate(loaded.model, tokens, dataset.classes, data.test, normalise, dtype, console, "zero-shot test"),
-            )
-        else:
-            before = Result(dataset.classes, **state["extra"]["zero_shot"])
+        before = {} if state is None else _restored(state["extra"]["zero_shot"], exams)
+        for sat in exams:
+            if sat.name not in before:
+                what = f"zero-shot: {sat.name}"
+                test = partial(evaluate, loaded.model, sat, normalise, dtype, console, what)
+                before[sat.name] = shared.once(whole, (what, *frozen, recipe.template, sat.classes, sat.images), test)
+            if not len(before[sat.name].labels):
+                where = job.data if sat.name in (TEST, NEW) else sat.name
+                raise UserError(f"no test image of {where} can be read, the first is {sat.images.first_broken()}")
+        if state is not None:
             console.print(f"going on from step {state['step']} of {recipe.steps}")
         timings["zero-shot test"] = time.monotonic() - begun
-        if not len(before.labels):
-            raise UserError(f"no test image of {job.data} can be read, the first is {data.test.first_broken()}")
-        console.print(f"zero-shot accuracy: {before.accuracy:.2f} % of {len(before.labels)} test images")
+        tested = before[TEST]
+        console.print(f"zero-shot accuracy: {tested.accuracy:.2f} % of {len(tested.labels)} test images")
 
         details: dict[str, Any] = {}
         loop = None
@@ -156,7 +184,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             loop = _train(job, folder, loaded, data, tokens, dtype, state, before, split, signals, ranks, console, details)
             timings["training"] = loop.seconds
             begun = time.monotonic()
-            after = evaluate(loaded.model, tokens, dataset.classes, data.test, normalise, dtype, console)
+            after = {sat.name: evaluate(loaded.model, sat, normalise, dtype, console, f"testing: {sat.name}") for sat in exams}
             timings["test"] = time.monotonic() - begun
             if recipe.method == "lora":
                 adapters.save(loaded.model, folder.adapter)
@@ -164,23 +192,35 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
                 _save_model(loaded.model, folder)
         elif recipe.method == "linear-probe":
             begun = time.monotonic()
-            tested = shared.once(
-                dataset,
-                ("test features", *frozen),
-                lambda: image_features(loaded.model, data.test, normalise, dtype, console, "features"),
-            )
-            after, details["probe_c"] = _probe(loaded, data, tested, normalise, dtype, recipe.seed, console)
+            features = partial(image_features, loaded.model, data.test, normalise, dtype, console, "features")
+            tested_features = shared.once(whole, ("test features", *frozen, data.test), features)
+            after = {}
+            after[TEST], details["probe_c"] = _probe(loaded, data, tested_features, normalise, dtype, recipe.seed, console)
             timings["linear probe"] = time.monotonic() - begun
         return _finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
 
 
-def prepare(dataset: datasets.Dataset, recipe: Recipe, size: int, console: Console, shared: Shared) -> Prepared:
+def _restored(zero_shot: dict[str, Any], exams: list[Exam]) -> dict[str, Result]:
+    return {exam.name: Result(exam.classes, **zero_shot[exam.name]) for exam in exams if exam.name in zero_shot}
+
+
+def prepare(
+    dataset: datasets.Dataset,
+    recipe: Recipe,
+    size: int,
+    console: Console,
+    shared: Shared,
+    whole: datasets.Dataset | None = None,
+) -> Prepared:
     """Draw the shots and decode them; a broken image is replaced by another of its class where there is one.
+
+    What is decoded is kept in `shared` as part of `whole`, the data set that `dataset` is a part of.
 
     Raises:
         UserError: a class without a readable training image, or no test image at all.
     """
-    decoded = shared.once(dataset, ("training images", recipe.max_side), Decoded)
+    whole = whole or dataset
+    decoded = shared.once(whole, ("training images", recipe.max_side), Decoded)
     broken: set[str] = set()  # those this run came upon: what others found must not change its draw
     needs_images = recipe.method != "zero-shot"
     while True:
@@ -202,7 +242,9 @@ def prepare(dataset: datasets.Dataset, recipe: Recipe, size: int, console: Conso
     if not shots.test:
         raise UserError(f"no test images in {dataset.name}: add a folder test beside train, or more images a class")
     flip = dataset.flip if recipe.flip is None else recipe.flip
-    test = shared.once(dataset, ("test images", size, _names(shots.test)), lambda: EvalImages(shots.test, size, console))
+    test = shared.once(
+        whole, ("test images", size, dataset.classes, _names(shots.test)), lambda: EvalImages(shots.test, size, console)
+    )
     own = decoded.of([*broken, *(item.name for item in wanted)])
     return Prepared(dataset, shots, own, test, recipe.template or dataset.template, flip)
 
@@ -243,7 +285,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
-           state: dict[str, Any] | None, before: Result, split: dict[str, list[str]], signals: Signals, ranks: Ranks,
+           state: dict[str, Any] | None, before: dict[str, Result], split: dict[str, list[str]], signals: Signals, ranks: Ranks,
            console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
     recipe, model = job.recipe, loaded.model
     torch.manual_seed(recipe.seed)
@@ -266,10 +308,10 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
     loop = Loop(model, recipe, cropper, labels, tokens, dtype, data.flip, ranks)
     if state is not None:
         loop.restore(state)
-    zero_shot = {"labels": before.labels, "predicted": before.predicted, "confidence": before.confidence}
+    zero_shot = {name: {"labels": r.labels, "predicted": r.predicted, "confidence": r.confidence} for name, r in before.items()}
     extra = {"split": split, "zero_shot": zero_shot}
     with _NoLog() if job.brief else _log(folder.log, loop.step) as log:
-        log.add_scalar("test/accuracy", before.accuracy, 0)
+        log.add_scalar("test/accuracy", before[TEST].accuracy, 0)
         every = job.checkpoint_seconds, job.checkpoint_steps
         loop.run(console, signals, folder.checkpoint, *every, extra, log)
     return loop
@@ -312,13 +354,18 @@ def _save_model(model: torch.nn.Module, folder: RunFolder) -> None:
         save_file(tensors, temporary)
 
 
-def _finish(job: Job, folder: RunFolder, data: Prepared, before: Result, after: Result, loop: Loop | None,
-            details: dict[str, Any], timings: dict[str, float], device: torch.device, dtype: torch.dtype | None,
-            console: Console) -> dict[str, Any]:  # fmt: skip
+def _finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, Result], all_after: dict[str, Result],
+            loop: Loop | None, details: dict[str, Any], timings: dict[str, float], device: torch.device,
+            dtype: torch.dtype | None, console: Console) -> dict[str, Any]:  # fmt: skip
     """Write everything but the adapter; metrics.json last, because it marks the run as finished."""
     recipe = job.recipe
+    before, after = all_before[TEST], all_after[TEST]
     metrics = {"method": recipe.method, "train_images": len(data.shots.train), **summary.measures(before, after)}
     metrics["resolved"] = {"iterations": recipe.steps, "lr": recipe.learning_rate, "template": data.template, "flip": data.flip}
+    if recipe.base_to_new:
+        metrics["base_to_new"] = summary.base_to_new((before, after), (all_before[NEW], all_after[NEW]))
+    if job.also:
+        metrics["also"] = [summary.other(name, all_before[name], all_after[name]) for name in job.also]
     if loop is not None:
         metrics["training"] = {
             "steps": loop.step,
