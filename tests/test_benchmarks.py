@@ -21,6 +21,7 @@ from baselines import TRAINEES, Job, prompts  # noqa: E402
 from baselines.textbook import NaiveLinear, Textbook  # noqa: E402
 from machine import Ceilings, read_rows  # noqa: E402
 from measure import by_clock, saved_bytes, summary  # noqa: E402
+from memory import ready  # noqa: E402
 from ops import CONTESTANTS, Drop, FastLoRA, LayerForward, bind, gate, phase_calls  # noqa: E402
 from ops import Textbook as NaiveOp  # noqa: E402
 from shapes import Case, InputSet  # noqa: E402
@@ -140,18 +141,68 @@ def test_gate_refuses(wrong: Any) -> None:
     assert not all(ok for ok, _ in gate(wrong, CASES[1]))
 
 
-def test_step_gate_refuses_a_wrong_gradient() -> None:
-    class Detached(NaiveLinear):
-        def forward(self, x: Tensor) -> Tensor:
-            low = nn.functional.linear(x, self.lora_A).detach() + 0 * self.lora_A.sum()  # the same output, no dA
-            return self.linear(x) + self.scale * nn.functional.linear(low, self.lora_B)
+class Detached(NaiveLinear):
+    """The right output, no gradient of A."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.lora_A).detach() + 0 * self.lora_A.sum()
+        return self.linear(x) + self.scale * nn.functional.linear(low, self.lora_B)
+
+
+class SlightlyOff(NaiveLinear):
+    """An update one part in a thousand too large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + 1.001 * self.scale * (x @ self.lora_A.T @ self.lora_B.T)
+
+
+class NoBias(NaiveLinear):
+    """A dropped term."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - self.linear.bias
+
+
+def wrong(module: type[NaiveLinear]) -> type[Textbook]:
+    """The textbook with another linear."""
 
     class Wrong(Textbook):
         def adapted(self, linear: nn.Linear, a: Tensor, b: Tensor) -> nn.Module:
-            return Detached(linear, a, b, self.job.scale, self.job.dropout)
+            return module(linear, a, b, self.job.scale, self.job.dropout)
 
-    verdict = {line.split(":")[0]: ok for ok, line in step_gate.gate(Wrong, TINY)}
-    assert verdict["logits"] and not verdict["vision dA"] and not verdict["text dA"]
+    return Wrong
+
+
+class NotCausal(Textbook):
+    """A text tower whose attention mask is lost."""
+
+    def install(self, adapters: Any) -> None:
+        super().install(adapters)
+        self.model.attn_mask = None
+
+
+def verdict(trainee: Any) -> dict[str, bool]:
+    return {line.split(":")[0]: ok for ok, line in step_gate.gate(trainee, TINY)}
+
+
+def test_step_gate_refuses_what_is_wrong() -> None:
+    """A gradient that is not there; a scale off by a thousandth; a lost term; a lost mask: each shows where it should."""
+    found = verdict(wrong(Detached))
+    assert found["logits"] and not found["vision dA"] and not found["text dA"]
+    assert not any(verdict(wrong(SlightlyOff)).values())
+    assert not verdict(wrong(NoBias))["logits"]
+    found = verdict(NotCausal)
+    assert not found["logits"] and not found["text dA"]
+
+
+def test_lost_dropout_is_noticed() -> None:
+    """As on nn.MultiheadAttention, whose `out_proj` and `in_proj_weight` are read but never called."""
+
+    class NoDropout(Textbook):
+        def adapted(self, linear: nn.Linear, a: Tensor, b: Tensor) -> nn.Module:
+            return NaiveLinear(linear, a, b, self.job.scale, 0.0)
+
+    assert not step_gate.drops_out(ready(NoDropout, TINY)) and step_gate.drops_out(ready(TRAINEES["fastlora"], TINY))
 
 
 def test_backward_alone_can_be_repeated() -> None:

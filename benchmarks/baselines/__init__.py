@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import Adapters, Job, Trainee, host, inputs, prompts, starting_adapters
+from .common import Adapters, Job, Trainee, few_prompts, host, inputs, prompts, starting_adapters
 from .frozen import Frozen
 from .full import FullFineTuning
 from .library import FastLoRA
@@ -10,6 +10,6 @@ from .paper import Paper
 from .peft import Peft
 from .textbook import Textbook
 
-__all__ = ["TRAINEES", "Adapters", "Job", "Trainee", "host", "inputs", "prompts", "starting_adapters"]
+__all__ = ["TRAINEES", "Adapters", "Job", "Trainee", "few_prompts", "host", "inputs", "prompts", "starting_adapters"]
 
 TRAINEES: dict[str, type[Trainee]] = {t.name: t for t in (Frozen, FastLoRA, Textbook, Paper, Peft, FullFineTuning)}

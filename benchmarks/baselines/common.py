@@ -117,6 +117,9 @@ def host(job: Job) -> Any:
     """The open_clip model at random weights of the job's seed, in training mode."""
     torch.manual_seed(job.seed)
     model = mini.build() if job.model == "mini" else open_clip.create_model(job.model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.02)  # they start at zero, where one that is lost would not show
     return model.to(job.device).train()
 
 
@@ -129,6 +132,12 @@ def prompts(job: Job) -> list[str]:
     """One prompt a class, of ImageNet-like length."""
     draw = random.Random(job.seed)
     return [TEMPLATE.format(" ".join(draw.choices(WORDS, k=NAME_LENGTHS[i % 100]))) for i in range(job.classes)]
+
+
+def few_prompts(job: Job, number: int) -> list[str]:
+    """One prompt a class for a job of few classes: lengths and words drawn anew for each number."""
+    draw = random.Random(f"{job.seed} {number}")
+    return [TEMPLATE.format(" ".join(draw.choices(WORDS, k=draw.choice((1, 2, 3, 4, 7, 11))))) for _ in range(job.classes)]
 
 
 @functools.cache
@@ -178,15 +187,19 @@ class Trainee:
     def __init__(self, job: Job, adapters: Adapters) -> None:
         self.job = job
         self.model = host(job).requires_grad_(False)
-        self.prompts = prompts(job)
         self.tokenize = open_clip.get_tokenizer("ViT-B-32" if job.model == "mini" else job.model)
-        self.tokens = self.tokenize(self.prompts).to(job.device)
         self.install(adapters)
         if self.cast_once:
             cast(self.model, self.compute_dtype)
         if trained := self.trained():
             # fused: one kernel on a GPU, and the fastest form on a CPU as well
             self.optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-2, fused=True)
+        self.read(prompts(job))
+
+    def read(self, texts: list[str]) -> None:
+        """Take these as the prompts of the classes."""
+        self.prompts = texts
+        self.tokens = self.tokenize(texts).to(self.job.device)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -25,7 +25,11 @@ class FastLoRA(Trainee):
             for key, mine in self._pairs(lambda p: p).items():
                 for target, value in zip(mine, adapters[key], strict=True):
                     target.copy_(value)
-        self.images, self.text = ImageEncoder(self.model), TextEncoder(self.model, self.tokens)
+        self.images = ImageEncoder(self.model)
+
+    def read(self, texts: list[str]) -> None:
+        super().read(texts)
+        self.text = TextEncoder(self.model, self.tokens)
 
     def _pairs(self, of: Callable[[Tensor], Tensor | None]) -> Adapters:
         """(A, B) of each projection, cut out of what `of` gives for the packed parameters."""
