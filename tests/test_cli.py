@@ -168,9 +168,17 @@ def test_train_resume_and_eval(fastlora: Any, folder: Path, tmp_path: Path, mode
 def test_help_states_defaults_and_units(fastlora: Any) -> None:
     ran = fastlora("train", "--help")
     assert ran.code == 0
-    text = " ".join(ran.out.split())
-    for piece in ("[default: 16]", "[default: q,k,v]", "500 a shot", "in pixels", "[default: 2e-4; 1e-5 for full fine-tuning]"):
+    text = " ".join(ran.out.replace("│", " ").split())
+    for piece in (
+        "[default: 16]",
+        "[default: q,k,v]",
+        "500 a shot",
+        "in pixels",
+        "[default: (2e-4; 1e-5 for full fine-tuning)]",
+    ):
         assert piece in text, piece
+    for panel in ("Model", "LoRA", "Training", "Beyond the paper (all off)", "Tests", "Running"):
+        assert f"╭─ {panel} ─" in ran.out, panel
 
 
 def test_alone_it_prints_help_and_version(fastlora: Any) -> None:

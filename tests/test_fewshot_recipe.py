@@ -58,6 +58,13 @@ def test_full_fine_tuning_has_its_own_rate() -> None:
         ("template", "a photo", "{}"),
         ("template", "{} and {}", "{}"),
         ("template", "{name} {}", "{}"),
+        ("template", ("a {}.", "no braces"), "{}"),
+        ("template", ("a {}.", "a {}."), "given twice"),
+        ("template", (), "empty"),
+        ("kl_weight", -0.1, "0 or more"),
+        ("kl_temperature", 0.0, "kl_temperature must be a positive number"),
+        ("lr_ratio", float("inf"), "lr_ratio must be a positive number"),
+        ("average", 1.0, r"\[0, 1\)"),
         ("crop_scale", (0.5, 0.1), "rising"),
         ("betas", (0.9, 1.0), "betas"),
         ("seed", -1, "at least 0"),
@@ -66,6 +73,25 @@ def test_full_fine_tuning_has_its_own_rate() -> None:
 def test_bad_values_are_named(option: str, value: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Recipe(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "full", "lr_ratio": 4.0}, "lr_ratio is of lora_B over lora_A, which method full does not have"),
+        ({"method": "linear-probe", "average": 0.5}, "average needs a method with training steps, linear-probe has none"),
+        ({"method": "zero-shot", "kl_weight": 0.1}, "kl_weight needs a method with training steps, zero-shot has none"),
+    ],
+)
+def test_options_that_a_method_does_not_have(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Recipe(**options)
+
+
+def test_one_template_in_a_list_is_that_template() -> None:
+    assert Recipe(template=("a {}.",)) == Recipe(template="a {}.")
+    several = Recipe(template=("a {}.", "the {}."))
+    assert Recipe.from_dict(json.loads(json.dumps(several.to_dict()))) == several
 
 
 def test_json_and_back() -> None:

@@ -19,7 +19,7 @@ app = typer.Typer(
     name="fastlora",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",  # gives --help its panels
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

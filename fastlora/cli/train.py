@@ -18,62 +18,126 @@ __all__ = ["train"]
 PAPER = "a photo of a {}."
 
 
+# The panels of --help.
+MODEL, LORA, TRAINING, BEYOND, TESTS, RUNNING = "Model", "LoRA", "Training", "Beyond the paper (all off)", "Tests", "Running"
+
+
 @app.command()
 def train(
     data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder for everything the run leaves behind.")],
     shots: Annotated[int, typer.Option(help="Labelled images per class to train on.")] = Recipe.shots,
-    model: Annotated[str, typer.Option(help="An open_clip model, or mini, which comes with fastlora.")] = Recipe.model,
-    pretrained: Annotated[
-        str, typer.Option(help="An open_clip tag or a checkpoint file; none for random weights. mini has its own.")
-    ] = "openai",
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; the last three for comparison.")] = Recipe.method,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; all but the first for comparison.")] = Recipe.method,
     seed: Annotated[int, typer.Option(help="Of the images drawn, their order and crops, the adapters, dropout.")] = Recipe.seed,
-    rank: Annotated[int, typer.Option(help="Rank of each update, 1 to 128.")] = LoRAConfig.rank,
-    alpha: Annotated[float, typer.Option(help="Numerator of the scaling.")] = LoRAConfig.alpha,
-    dropout: Annotated[
-        float, typer.Option(help="Probability of dropping an input of the LoRA branch, in [0, 1).")
-    ] = LoRAConfig.dropout,
-    scaling: Annotated[str, typer.Option(help=f"The factor before B(Ax): {' or '.join(SCALINGS)}.")] = LoRAConfig.scaling,
-    targets: Annotated[str, typer.Option(help=f"Adapted projections, with commas, of {', '.join(TARGETS)}.")] = ",".join(
-        LoRAConfig.targets
-    ),
-    encoders: Annotated[str, typer.Option(help="Adapted encoders, with commas, of vision, text.")] = ",".join(ENCODERS),
-    layers: Annotated[str, typer.Option(help=f"{', '.join(LAYERS)}, or block numbers from 0 with commas: 0,1,11.")] = str(
-        LoRAConfig.layers
-    ),
+    model: Annotated[
+        str, typer.Option(help="An open_clip model, or mini, which comes with fastlora.", rich_help_panel=MODEL)
+    ] = Recipe.model,
+    pretrained: Annotated[
+        str,
+        typer.Option(
+            help="An open_clip tag or a checkpoint file; none for random weights. mini has its own.", rich_help_panel=MODEL
+        ),
+    ] = "openai",
     template: Annotated[
-        str | None, typer.Option(help=f'The prompt, {{}} for the class name.  [default: the data set\'s own, mostly "{PAPER}"]')
+        list[str] | None,
+        typer.Option(
+            help="The prompt, {} for the class name. Several (repeat the option) are averaged.",
+            rich_help_panel=MODEL,
+            show_default=f'the data set\'s own, mostly "{PAPER}"',
+        ),
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="Optimizer steps.  [default: 500 a shot]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = Recipe.batch_size,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [default: 2e-4; 1e-5 for full fine-tuning]")] = None,
-    lr_min: Annotated[float, typer.Option(help="Where the cosine schedule ends.")] = Recipe.lr_min,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = Recipe.weight_decay,
-    betas: Annotated[tuple[float, float], typer.Option(help="AdamW's betas.")] = Recipe.betas,
+    rank: Annotated[int, typer.Option(help="Rank of each update, 1 to 128.", rich_help_panel=LORA)] = LoRAConfig.rank,
+    alpha: Annotated[float, typer.Option(help="Numerator of the scaling.", rich_help_panel=LORA)] = LoRAConfig.alpha,
+    dropout: Annotated[
+        float, typer.Option(help="Probability of dropping an input of the LoRA branch, in [0, 1).", rich_help_panel=LORA)
+    ] = LoRAConfig.dropout,
+    scaling: Annotated[
+        str, typer.Option(help=f"The factor before B(Ax): {' or '.join(SCALINGS)}.", rich_help_panel=LORA)
+    ] = LoRAConfig.scaling,
+    targets: Annotated[
+        str, typer.Option(help=f"Adapted projections, with commas, of {', '.join(TARGETS)}.", rich_help_panel=LORA)
+    ] = ",".join(LoRAConfig.targets),
+    encoders: Annotated[
+        str, typer.Option(help="Adapted encoders, with commas, of vision, text.", rich_help_panel=LORA)
+    ] = ",".join(ENCODERS),
+    layers: Annotated[
+        str, typer.Option(help=f"{', '.join(LAYERS)}, or block numbers from 0 with commas: 0,1,11.", rich_help_panel=LORA)
+    ] = str(LoRAConfig.layers),
+    iterations: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", rich_help_panel=TRAINING, show_default="500 a shot")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.", rich_help_panel=TRAINING)] = Recipe.batch_size,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING, show_default="2e-4; 1e-5 for full fine-tuning"),
+    ] = None,
+    lr_min: Annotated[float, typer.Option(help="Where the cosine schedule ends.", rich_help_panel=TRAINING)] = Recipe.lr_min,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)] = Recipe.weight_decay,
+    betas: Annotated[tuple[float, float], typer.Option(help="AdamW's betas.", rich_help_panel=TRAINING)] = Recipe.betas,
     crop_scale: Annotated[
-        tuple[float, float], typer.Option(help="Smallest and largest share of the area that a training crop takes.")
+        tuple[float, float],
+        typer.Option(help="Smallest and largest share of the area that a training crop takes.", rich_help_panel=TRAINING),
     ] = Recipe.crop_scale,
     flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Mirror half of the training images.  [default: yes; digits: no]")
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Mirror half of the training images.",
+            rich_help_panel=TRAINING,
+            show_default="yes; digits: no",
+        ),
     ] = None,
     max_side: Annotated[
-        int, typer.Option(help="Training images with a longer shorter side, in pixels, are shrunk once.")
+        int,
+        typer.Option(help="Training images with a longer shorter side, in pixels, are shrunk once.", rich_help_panel=TRAINING),
     ] = Recipe.max_side,
+    kl_weight: Annotated[
+        float, typer.Option(help="Times T² KL(zero-shot, adapted), added to the loss; try 0.1.", rich_help_panel=BEYOND)
+    ] = Recipe.kl_weight,
+    kl_temperature: Annotated[
+        float, typer.Option(help="T, by which both logits are divided in it.", rich_help_panel=BEYOND)
+    ] = Recipe.kl_temperature,
+    lr_ratio: Annotated[
+        float, typer.Option(help="Learning rate of B over that of A, as in LoRA+; try 4 to 16.", rich_help_panel=BEYOND)
+    ] = Recipe.lr_ratio,
+    average: Annotated[
+        float,
+        typer.Option(help="Share of the last steps whose weights are averaged in the end; try 0.25.", rich_help_panel=BEYOND),
+    ] = Recipe.average,
     base_to_new: Annotated[
-        bool, typer.Option("--base-to-new", help="Train on the first half of the classes, test on each half by its own words.")
+        bool,
+        typer.Option(
+            "--base-to-new",
+            help="Train on the first half of the classes, test each half by its own words.",
+            rich_help_panel=TESTS,
+        ),
     ] = Recipe.base_to_new,
     also: Annotated[
-        list[str] | None, typer.Option(metavar="DATA", help="Another data set to test before and after; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Another data set to test before and after; may be repeated.",
+            rich_help_panel=TESTS,
+            show_default="none",
+        ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help=f"{', '.join(PRECISIONS)}; auto is bf16 on a GPU that has it, else fp16, on the CPU fp32.")
+        str,
+        typer.Option(
+            help=f"{', '.join(PRECISIONS)}; auto is bf16 on a GPU that has it, else fp16, on the CPU fp32.",
+            rich_help_panel=RUNNING,
+        ),
     ] = Recipe.precision,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    root: Annotated[Path, typer.Option(help="Folder that holds the known sets.")] = Path("data"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the stopped run in RUN.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
-    checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides the seconds.")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=RUNNING)] = "auto",
+    root: Annotated[Path, typer.Option(help="Folder that holds the known sets.", rich_help_panel=RUNNING)] = Path("data"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in RUN.", rich_help_panel=RUNNING)
+    ] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.", rich_help_panel=RUNNING)] = 60.0,
+    checkpoint_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints, besides the seconds.", rich_help_panel=RUNNING, show_default="none"),
+    ] = None,
 ) -> None:
     """Adapt a model to DATA and write adapter, metrics and report.html to RUN. The defaults are CLIP-LoRA's recipe."""
     lora = valid(
@@ -85,8 +149,10 @@ def train(
     recipe = valid(
         lambda: Recipe(
             model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
-            batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas, template=template,
-            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, base_to_new=base_to_new,
+            batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas,
+            template=tuple(template) if template else None,
+            crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, kl_weight=kl_weight,
+            kl_temperature=kl_temperature, lr_ratio=lr_ratio, average=average, base_to_new=base_to_new,
             precision=precision, lora=lora,
         )
     )  # fmt: skip

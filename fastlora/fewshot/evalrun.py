@@ -17,7 +17,7 @@ from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
 from .loop import Signals
-from .recipe import Recipe
+from .recipe import Recipe, one_or_all, templates
 from .runfolder import RunFolder, atomic, write_json
 from .trainer import choose_device, choose_dtype
 
@@ -25,7 +25,13 @@ __all__ = ["run"]
 
 
 def run(
-    folder: RunFolder, data: str, root: Path, device_name: str, out: Path | None, template: str | None, console: Console
+    folder: RunFolder,
+    data: str,
+    root: Path,
+    device_name: str,
+    out: Path | None,
+    template: str | tuple[str, ...] | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Test the adapted model of `folder` on `data`, beside the model before; returns what metrics.json holds.
 
@@ -33,7 +39,7 @@ def run(
         folder: a finished run by LoRA, full fine-tuning or zero-shot.
         data: what `datasets.load` takes. Other classes than the run's are fine: they are words.
         out: where metrics.json, predictions.csv and report.html go, or None.
-        template: the prompt, or None for the run's.
+        template: the prompt or several, or None for the run's.
 
     Raises:
         UserError: a run that is not finished or left nothing to load, or a bad data set.
@@ -61,8 +67,9 @@ def run(
     with Signals("run it again"):
         models.check(recipe.model, recipe.pretrained)
         loaded = models.load(recipe.model, recipe.pretrained, device)
-        prompt = template or config["template"]
-        tokens = loaded.tokenizer([prompt.format(name) for name in dataset.classes]).to(device)
+        prompts = templates(template or config["template"])
+        prompt = one_or_all(prompts)
+        tokens = loaded.tokenise(prompts, dataset.classes).to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
         test = EvalImages(items, loaded.size, console)
         exam = Exam("test", dataset.classes, test, tokens)

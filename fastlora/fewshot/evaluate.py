@@ -36,8 +36,15 @@ PROBE_CS = tuple(float(c) for c in 10.0 ** np.arange(-2, 5))
 
 
 def encode_prompts(model: Any, tokens: Tensor) -> Tensor:
-    """Class prompts, int64 (classes, length), to unit features, fp32 (classes, d)."""
-    return F.normalize(encode_text(model, tokens).float(), dim=-1)
+    """Class prompts, int64 (classes, length) or (classes, templates, length), to unit features, fp32 (classes, d)."""
+    return class_features(encode_text(model, tokens.flatten(0, -2)), len(tokens))
+
+
+def class_features(features: Tensor, classes: int) -> Tensor:
+    """Features (classes · templates, d), class by class, to those of the classes, fp32 (classes, d): unit features, of several
+    templates their mean at unit length."""
+    unit = F.normalize(features.float(), dim=-1)
+    return unit if len(unit) == classes else F.normalize(unit.view(classes, -1, unit.shape[-1]).mean(1), dim=-1)
 
 
 def encode_images(model: Any, images: Tensor) -> Tensor:
@@ -108,7 +115,7 @@ class Exam:
         name: what it is called: "test", "new classes", or another data set.
         classes: class names; the labels of `images` index them.
         images: the test images.
-        tokens: int64 (classes, length), the class prompts, on the model's device.
+        tokens: int64 (classes, templates, length), the class prompts, on the model's device.
     """
 
     name: str

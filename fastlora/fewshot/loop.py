@@ -25,7 +25,8 @@ from .crops import Cropper, draw_boxes
 from .distributed import ALONE, Ranks
 from .errors import Interrupted, UserError
 from .models import trained_state
-from .objective import Batch, Objective
+from .objective import Batch, Objective, ZeroShotTerm
+from .optimizer import Average, parameter_groups
 from .recipe import Recipe
 from .runfolder import atomic
 
@@ -94,6 +95,7 @@ class Loop:
         dtype: of autocast, or None for fp32.
         flip: whether images are mirrored.
         ranks: the processes that share the work.
+        term: added to the loss, or None.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Loop:
         dtype: torch.dtype | None,
         flip: bool,
         ranks: Ranks = ALONE,
+        term: ZeroShotTerm | None = None,
     ) -> None:
         self.model, self.recipe, self.cropper, self.ranks = model, recipe, cropper, ranks
         self.flip, self.device = flip, tokens.device
@@ -116,11 +119,15 @@ class Loop:
         self._recent = torch.zeros(READ_EVERY, 2, device=self.device)
         self._order: tuple[int, Tensor] | None = None
         self.optimizer = torch.optim.AdamW(
-            list(trained_state(model).values()),
+            parameter_groups(model, recipe),
             lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.objective = Objective(model, tokens, dtype, ranks)
+        self.objective = Objective(model, tokens, dtype, ranks, term)
+        self.average = None
+        if recipe.average:
+            first = recipe.steps - max(1, round(recipe.average * recipe.steps)) + 1
+            self.average = Average(list(trained_state(model).values()), first)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of a step's batch; the last one of an epoch may be short."""
@@ -142,13 +149,15 @@ class Loop:
         loss, accuracy = self.objective(self.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.ranks.sum_gradients(self.optimizer.param_groups[0]["params"])
+        self.ranks.sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr_at(self.step)
+            group["lr"] = group["ratio"] * self.recipe.lr_at(self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._recent[self.step % READ_EVERY] = torch.stack([loss.detach(), accuracy])
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
 
     def read(self) -> tuple[float, float]:
         """Fetch loss and accuracy of the steps since the last read into `history`; their means over the last READ_EVERY.
@@ -208,6 +217,8 @@ class Loop:
                     raise Interrupted(signals.received or signal.SIGTERM, f"stopped: {where}; {signals.how}")
         if signals.received is not None:
             raise Interrupted(signals.received, f"stopped after the last step, which is saved; {signals.how}")
+        if self.average is not None:
+            self.average.apply()
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
         """Write all that the next step depends on, whole or not at all."""
@@ -218,6 +229,7 @@ class Loop:
             "trained": {name: p.detach() for name, p in trained_state(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.mean,
             "cpu_generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "extra": extra,
@@ -235,6 +247,8 @@ class Loop:
                 parameter.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            torch._foreach_copy_(self.average.mean, [mean.to(self.device) for mean in state["average"]])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         first = self.step // READ_EVERY * READ_EVERY
         self._recent[: self.step - first] = self.history[first : self.step].to(self.device)

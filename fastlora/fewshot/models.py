@@ -33,6 +33,11 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def tokenise(self, templates: Sequence[str], classes: Sequence[str]) -> Tensor:
+        """The prompts of each class, int64 (classes, templates, length), on the CPU."""
+        tokens = self.tokenizer([template.format(name) for name in classes for template in templates])
+        return tokens.view(len(classes), len(templates), -1)
+
 
 def check(name: str, pretrained: str | None) -> dict[str, Any] | None:
     """The config of the model called `name` (None where only the hub knows it).

@@ -1,8 +1,10 @@
-"""The loss of a training step: cross-entropy on temperature × cosine(image, class prompt)."""
+"""The loss of a training step: cross-entropy on temperature × cosine(image, class prompt), and what may be added to it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,9 @@ from torch import Tensor, nn
 
 from ..encoders import ImageEncoder, TextEncoder
 from .distributed import Ranks
-from .evaluate import autocast, class_logits
+from .evaluate import autocast, class_features, class_logits, encode_images
 
-__all__ = ["Batch", "Objective"]
+__all__ = ["Batch", "Objective", "ZeroShotTerm", "frozen_twin"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +34,66 @@ class Batch:
     size: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ZeroShotTerm:
+    """lambda T² KL(softmax(z₀ / T) ‖ softmax(z / T)): what adapted logits z lose of the zero-shot z₀ of the same crops.
+
+    T² keeps the size of its gradient, as Hinton et al. do for distillation (arXiv 1503.02531).
+
+    Args:
+        model: the model as it was, see `frozen_twin`.
+        text: its class features, fp32 (classes, d).
+        weight: lambda.
+        temperature: T.
+    """
+
+    model: nn.Module
+    text: Tensor
+    weight: float
+    temperature: float
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """Logarithms of softmax(z₀ / T) of normalised crops, fp32 (n, classes); the caller sets autocast."""
+        zero_shot = class_logits(self.model, encode_images(self.model, images), self.text)
+        return (zero_shot / self.temperature).log_softmax(-1)
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The term of each image, fp32 (n,)."""
+        adapted = (logits / self.temperature).log_softmax(-1)
+        divergence = F.kl_div(adapted, targets, reduction="none", log_target=True).sum(-1)
+        return self.weight * self.temperature**2 * divergence
+
+
+def frozen_twin(model: nn.Module, share: bool) -> nn.Module:
+    """A copy of an unpatched `model` that stays as it is now; with `share` it has the same tensors, which must not change."""
+    tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
+    return copy.deepcopy(model, tensors).eval()
+
+
 class Objective:
     """Loss and right answers of a batch under a model; nothing in it reads from the device.
 
     Args:
         model: patched or fully trainable.
-        tokens: int64 (classes, length), the class prompts, on the device.
+        tokens: int64 (classes, length) or (classes, templates, length), the class prompts, on the device.
         dtype: of autocast, or None for fp32.
         ranks: the processes that share the work.
+        term: added to the cross-entropy, or None.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, dtype: torch.dtype | None, ranks: Ranks) -> None:
-        self.model, self.dtype, self.ranks = model, dtype, ranks
+    def __init__(
+        self, model: nn.Module, tokens: Tensor, dtype: torch.dtype | None, ranks: Ranks, term: ZeroShotTerm | None = None
+    ) -> None:
+        self.model, self.dtype, self.ranks, self.term = model, dtype, ranks, term
         self.classes, self.device = len(tokens), tokens.device
         # looks the towers up once, packs the prompts once, and computes what no adapter touches once
         self._images = ImageEncoder(model)
         mine = ranks.shard(len(tokens))
-        self._prompts = TextEncoder(model, tokens[mine], ids=torch.arange(len(tokens))[mine])
+        prompts = tokens[mine].flatten(0, -2)
+        self._mine = mine.stop - mine.start
+        first = mine.start * (len(prompts) // self._mine)
+        self._prompts = TextEncoder(model, prompts, ids=torch.arange(first, first + len(prompts)))
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """This rank's share of the mean loss and of the right answers of a batch, fp32, both on the device."""
@@ -58,8 +103,12 @@ class Objective:
             text = self._prompts(text_seed)
             # a rank may get nothing of an epoch's last, short batch
             image = self._images(batch.images, image_seed, ids=batch.ids) if len(batch.ids) else text[:0]
-            text, image = (F.normalize(features.float(), dim=-1) for features in (text, image))
-            text = self.ranks.gather(text, self.classes)
+            image = F.normalize(image.float(), dim=-1)
+            text = self.ranks.gather(class_features(text, self._mine), self.classes)
+            targets = self.term.targets(batch.images) if self.term is not None and len(batch.ids) else None
         logits = class_logits(self.model, image, text)
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum") / batch.size
+        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        if self.term is not None and targets is not None:
+            loss = loss + self.term(logits, targets)
+        loss = loss.sum() / batch.size
         return loss, (logits.argmax(1) == batch.labels).sum() / batch.size

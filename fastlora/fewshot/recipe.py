@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ..config import LoRAConfig
 
-__all__ = ["METHODS", "PRECISIONS", "Recipe"]
+__all__ = ["METHODS", "PRECISIONS", "Recipe", "one_or_all", "templates"]
 
 METHODS = ("lora", "full", "linear-probe", "zero-shot")
 # Classes are words to these, to the others rows of a matrix.
@@ -38,11 +39,16 @@ class Recipe:
         lr_min: what the cosine ends at, stepped every iteration, without warm-up.
         weight_decay: AdamW's.
         betas: AdamW's.
-        template: the prompt, with {} for the class name; None for the data set's own, nearly always "a photo of a {}.".
+        template: the prompt, with {} for the class name, or several, whose unit features are averaged; None for the data set's
+            own, nearly always "a photo of a {}.".
         crop_scale: smallest and largest share of an image's area that a training crop takes.
         flip: mirror half of the training images; None for the data set's own (yes, but not for digits).
         max_side: training images whose shorter side is longer than this many pixels are shrunk once.
         seed: of the images drawn, their order, their crops, the adapters and dropout.
+        kl_weight: lambda of lambda T² KL(zero-shot ‖ adapted), added to the loss; 0 for the paper's.
+        kl_temperature: T, by which both logits are divided in it.
+        lr_ratio: the learning rate of lora_B over that of lora_A (LoRA+); 1 for the paper's.
+        average: the share of the last steps whose weights are averaged in the end; 0 for the paper's last weights.
         base_to_new: train on the first half of the classes alone, test on each half by its own words.
         precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp16; fp32 on the CPU.
         lora: rank, alpha, dropout, targets, encoders, layers, scaling.
@@ -61,11 +67,15 @@ class Recipe:
     lr_min: float = 1e-6
     weight_decay: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
-    template: str | None = None
+    template: str | tuple[str, ...] | None = None
     crop_scale: tuple[float, float] = (0.08, 1.0)
     flip: bool | None = None
     max_side: int = 512
     seed: int = 1
+    kl_weight: float = 0.0
+    kl_temperature: float = 8.0
+    lr_ratio: float = 1.0
+    average: float = 0.0
     base_to_new: bool = False
     precision: str = "auto"
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
@@ -90,10 +100,26 @@ class Recipe:
             raise ValueError(f"lr must be at least lr_min = {self.lr_min}, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.template is not None and (self.template.count("{}") != 1 or self.template.count("{") != 1):
-            raise ValueError(f"template must hold {{}} once, where the class name goes, got {self.template!r}")
+        if self.template is not None:
+            object.__setattr__(self, "template", one_or_all(templates(self.template)))
+        self._check_options()
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be two rising shares in (0, 1], got {self.crop_scale}")
+
+    def _check_options(self) -> None:
+        """Raise ValueError for options beyond the paper's that are out of range, or that this method does not have."""
+        if not math.isfinite(self.kl_weight) or self.kl_weight < 0:
+            raise ValueError(f"kl_weight must be 0 or more, got {self.kl_weight}")
+        for name in ("kl_temperature", "lr_ratio"):
+            if not math.isfinite(value := getattr(self, name)) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, got {value}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average must be a share of the steps in [0, 1), got {self.average}")
+        if self.lr_ratio != 1 and self.method != "lora":
+            raise ValueError(f"lr_ratio is of lora_B over lora_A, which method {self.method} does not have")
+        for name in ("kl_weight", "average"):
+            if getattr(self, name) and not self.trains:
+                raise ValueError(f"{name} needs a method with training steps, {self.method} has none")
 
     @property
     def steps(self) -> int:
@@ -139,6 +165,28 @@ class Recipe:
         if isinstance(plain.get("lora"), dict):
             plain["lora"] = LoRAConfig.from_dict(plain["lora"])
         return cls(**plain)
+
+
+def templates(given: str | Sequence[str]) -> tuple[str, ...]:
+    """One template or several as a tuple.
+
+    Raises:
+        ValueError: none, one without {}, or one twice.
+    """
+    several = (given,) if isinstance(given, str) else tuple(given)
+    if not several:
+        raise ValueError("template is empty: give at least one")
+    for template in several:
+        if not isinstance(template, str) or template.count("{}") != 1 or template.count("{") != 1:
+            raise ValueError(f"template must hold {{}} once, where the class name goes, got {template!r}")
+        if several.count(template) > 1:
+            raise ValueError(f"template {template!r} is given twice")
+    return several
+
+
+def one_or_all(several: tuple[str, ...]) -> str | tuple[str, ...]:
+    """A tuple of one as that one, as config.json has it."""
+    return several[0] if len(several) == 1 else several
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

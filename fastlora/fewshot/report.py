@@ -18,6 +18,7 @@ from torch import Tensor
 from .datasets import Item
 from .evaluate import Result
 from .images import thumbnail
+from .recipe import templates
 
 __all__ = ["write"]
 
@@ -118,7 +119,9 @@ def _subtitle(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         if recipe["method"] == "zero-shot"
         else f" · {recipe['shots']} shot{'s' * (recipe['shots'] > 1)} · seed {recipe['seed']}"
     )
-    return f"{how}{shots} · “{config['template']}”"
+    prompts = templates(config["template"])
+    words = f"“{prompts[0]}”" if len(prompts) == 1 else f"{len(prompts)} templates, averaged"
+    return f"{how}{shots} · {words}"
 
 
 def _tiles(config: dict[str, Any], metrics: dict[str, Any]) -> str:

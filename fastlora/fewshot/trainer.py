@@ -21,11 +21,12 @@ from . import datasets, models, report, sampling, summary
 from .crops import Cropper, Normalise
 from .distributed import Ranks
 from .errors import UserError
-from .evaluate import Exam, Result, evaluate, image_features, probe
+from .evaluate import Exam, Result, autocast, encode_prompts, evaluate, image_features, probe
 from .halves import base_and_new
 from .images import Decoded, EvalImages, decode_training
 from .loop import Loop, Signals, load_checkpoint
-from .recipe import Recipe
+from .objective import ZeroShotTerm, frozen_twin
+from .recipe import Recipe, one_or_all, templates
 from .runfolder import RunFolder, atomic, identity, write_json
 from .shared import Shared
 
@@ -79,12 +80,12 @@ class Prepared:
     shots: sampling.FewShot
     decoded: Decoded
     test: EvalImages
-    template: str
+    templates: tuple[str, ...]
     flip: bool
 
     def prompts(self) -> list[str]:
-        """One prompt a class."""
-        return [self.template.format(name) for name in self.dataset.classes]
+        """Prompts, class by class, one for each template."""
+        return [template.format(name) for name in self.dataset.classes for template in self.templates]
 
     def training(self) -> tuple[list[Tensor], Tensor]:
         """uint8 images (3, h, w) and labels, int64 (n,)."""
@@ -133,7 +134,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         folder.create()
         setting = {
             "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
-            "template": data.template, "flip": data.flip, "root": str(job.root),
+            "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
         }  # fmt: skip
         write_json(folder.config, identity(recipe, job.data) | setting)
         split = {"train": [item.name for item in data.shots.train], "val": [item.name for item in data.shots.val]}
@@ -147,8 +148,8 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         write_json(folder.split, split)
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
-            prompts = [(recipe.template or about.template).format(word) for word in about.classes]
-            return Exam(name, about.classes, images, loaded.tokenizer(prompts).to(device))
+            tokens = loaded.tokenise(templates(recipe.template or about.template), about.classes)
+            return Exam(name, about.classes, images, tokens.to(device))
 
         def held_out(about: datasets.Dataset) -> EvalImages:
             items = about.train if about.test is None else about.test
@@ -246,7 +247,7 @@ def prepare(
         whole, ("test images", size, dataset.classes, _names(shots.test)), lambda: EvalImages(shots.test, size, console)
     )
     own = decoded.of([*broken, *(item.name for item in wanted)])
-    return Prepared(dataset, shots, own, test, recipe.template or dataset.template, flip)
+    return Prepared(dataset, shots, own, test, templates(recipe.template or dataset.template), flip)
 
 
 def _names(items: tuple[datasets.Item, ...]) -> tuple[str, ...]:
@@ -288,6 +289,7 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
            state: dict[str, Any] | None, before: dict[str, Result], split: dict[str, list[str]], signals: Signals, ranks: Ranks,
            console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
     recipe, model = job.recipe, loaded.model
+    term = _zero_shot_term(loaded, recipe, tokens, dtype)
     torch.manual_seed(recipe.seed)
     if recipe.method == "lora":
         try:
@@ -305,7 +307,7 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
     folder.check_space(7 * 4 * trainable)
     images, labels = data.training()
     cropper = Cropper(images, loaded.size, loaded.mean, loaded.std, tokens.device)
-    loop = Loop(model, recipe, cropper, labels, tokens, dtype, data.flip, ranks)
+    loop = Loop(model, recipe, cropper, labels, tokens, dtype, data.flip, ranks, term)
     if state is not None:
         loop.restore(state)
     zero_shot = {name: {"labels": r.labels, "predicted": r.predicted, "confidence": r.confidence} for name, r in before.items()}
@@ -315,6 +317,19 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
         every = job.checkpoint_seconds, job.checkpoint_steps
         loop.run(console, signals, folder.checkpoint, *every, extra, log)
     return loop
+
+
+@torch.no_grad()
+def _zero_shot_term(
+    loaded: models.LoadedModel, recipe: Recipe, tokens: Tensor, dtype: torch.dtype | None
+) -> ZeroShotTerm | None:
+    """The term of the loss that `recipe` asks for; the model must be as it was loaded."""
+    if not recipe.kl_weight:
+        return None
+    twin = frozen_twin(loaded.model, share=recipe.method == "lora")
+    with autocast(tokens.device, dtype):
+        text = encode_prompts(twin, tokens)
+    return ZeroShotTerm(twin, text, recipe.kl_weight, recipe.kl_temperature)
 
 
 def _log(folder: Path, step: int) -> Any:
@@ -361,7 +376,9 @@ def _finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, R
     recipe = job.recipe
     before, after = all_before[TEST], all_after[TEST]
     metrics = {"method": recipe.method, "train_images": len(data.shots.train), **summary.measures(before, after)}
-    metrics["resolved"] = {"iterations": recipe.steps, "lr": recipe.learning_rate, "template": data.template, "flip": data.flip}
+    metrics["resolved"] = {
+        "iterations": recipe.steps, "lr": recipe.learning_rate, "template": one_or_all(data.templates), "flip": data.flip
+    }  # fmt: skip
     if recipe.base_to_new:
         metrics["base_to_new"] = summary.base_to_new((before, after), (all_before[NEW], all_after[NEW]))
     if job.also:
