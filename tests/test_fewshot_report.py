@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,18 +15,18 @@ import torch
 
 from fastlora.fewshot import report, summary
 from fastlora.fewshot.datasets import Item
-from fastlora.fewshot.evaluate import Result, probe
+from fastlora.fewshot.evaluate import probe
 from fastlora.fewshot.recipe import Recipe
+from fastlora.fewshot.result import BINS, Result
 from pictures import photo
 
 
 def result(classes: int = 4, images: int = 200, seed: int = 0) -> Result:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (images,), generator=generator)
-    wrong = torch.rand(images, generator=generator) < 0.3
-    predicted = torch.where(wrong, torch.randint(0, classes, (images,), generator=generator), labels)
-    names = tuple(f"<class> & {i}" for i in range(classes))
-    return Result(names, labels, predicted, torch.rand(images, generator=generator))
+    logits = 2 * torch.randn(images, classes, generator=generator)
+    logits[torch.arange(images), labels] += 3
+    return Result.of(tuple(f"<class> & {i}" for i in range(classes)), labels, logits)
 
 
 class TestResult:
@@ -47,7 +48,7 @@ class TestResult:
 
     def test_a_class_without_images_has_no_accuracy(self) -> None:
         labels = torch.tensor([0, 0])
-        rows = Result(("a", "b"), labels, labels, torch.ones(2)).per_class()
+        rows = Result.of(("a", "b"), labels, torch.tensor([[1.0, 0.0], [1.0, 0.0]])).per_class()
         assert rows == [("a", 2, 100.0), ("b", 0, None)]
 
     def test_csv(self, tmp_path: Path) -> None:
@@ -57,6 +58,57 @@ class TestResult:
             rows = list(csv.DictReader(file))
         assert [row["predicted"] for row in rows] == [r.classes[i] for i in r.predicted]
         assert rows[3]["image"] == "é 3.png"
+        assert [int(row["class_rank"]) for row in rows] == [int(rank) + 1 for rank in r.rank]
+        assert [float(row["class_probability"]) for row in rows] == pytest.approx(r.truth.tolist(), abs=1e-4)
+
+    def test_top_k_is_scikit_learns(self) -> None:
+        from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+        generator = torch.Generator().manual_seed(3)
+        labels, logits = torch.randint(0, 8, (300,), generator=generator), torch.randn(300, 8, generator=generator)
+        r = Result.of(tuple("abcdefgh"), labels, logits)
+        for k in (1, 2, 5):
+            assert r.top(k) == pytest.approx(100 * top_k_accuracy_score(labels, logits, k=k, labels=range(8)))
+        assert r.top(1) == r.accuracy and r.top(8) == 100
+        assert r.mean_of_classes == pytest.approx(100 * balanced_accuracy_score(labels, r.predicted))
+        assert torch.equal(r.truth == r.confidence, r.labels == r.predicted)
+
+    def test_mistakes_are_the_surest_first(self) -> None:
+        r = result()
+        order = r.mistakes()
+        assert set(order.tolist()) == {i for i in range(200) if r.labels[i] != r.predicted[i]}
+        assert r.confidence[order].tolist() == sorted(r.confidence[order].tolist(), reverse=True)
+
+    def test_no_images(self) -> None:
+        r = Result.of(("a", "b"), torch.empty(0, dtype=torch.int64), torch.empty(0, 2))
+        assert (r.accuracy, r.top(1), r.mean_of_classes, r.calibration_error) == (0, 0, 0, 0) and len(r.mistakes()) == 0
+
+
+class TestCalibration:
+    def test_by_hand(self) -> None:
+        """Four images at 0.9, of which two are right, and one at 0.6 that is right: ECE = 4/5 · 40 + 1/5 · 40."""
+        confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6])
+        labels, predicted = torch.tensor([0, 0, 1, 1, 0]), torch.zeros(5, dtype=torch.int64)
+        r = Result(("a", "b"), labels, predicted, confidence, confidence, (labels != predicted).long())
+        assert r.calibration_error == pytest.approx(40, abs=1e-4)
+        filled = [b for b in r.bins() if b.images]
+        assert [(b.images, b.accuracy) for b in filled] == [(1, 100.0), (4, 50.0)]
+        assert all(b.low < b.confidence / 100 <= b.high for b in filled if b.confidence is not None)
+
+    def test_bins_partition_the_images(self) -> None:
+        r = result(images=500)
+        bins = r.bins()
+        assert len(bins) == BINS and sum(b.images for b in bins) == 500
+        assert bins[0].low == 0 and bins[-1].high == 1
+        edge = Result.of(("a", "b"), torch.tensor([0, 0]), torch.tensor([[90.0, 0.0], [0.0, 0.0]]))
+        assert [i for i, b in enumerate(edge.bins()) if b.images] == [7, 14]  # 0.5 lies in (7/15, 8/15], 1 in the last
+
+    def test_a_calibrated_model_has_no_error_and_a_sure_one_has(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(20000, 3, generator=generator)
+        labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        fair, sure = Result.of(("a", "b", "c"), labels, logits), Result.of(("a", "b", "c"), labels, 5 * logits)
+        assert fair.calibration_error < 1.5 and sure.calibration_error > 20
 
 
 def test_probe_separates_what_can_be_separated() -> None:
@@ -101,7 +153,7 @@ class Checker(HTMLParser):
 
 def written(tmp_path: Path, classes: int, **config: Any) -> str:
     before, after = result(classes, seed=1), result(classes, seed=2)
-    before = Result(before.classes, after.labels, before.predicted, before.confidence)
+    before = dataclasses.replace(before, labels=after.labels)
     test = [Item(int(label), f"{i}.png", photo(20, 20, i)) for i, label in enumerate(after.labels)]
     recipe = Recipe(**config)
     history = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
@@ -136,3 +188,14 @@ class TestReport:
     def test_without_training_there_are_no_curves(self, tmp_path: Path) -> None:
         page = written(tmp_path, 4, method="linear-probe")
         assert "training-curves" not in page and "linear probe" in page
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    from fastlora.fewshot import memory
+
+    device = torch.device("cpu")
+    memory.reset_peak(device)
+    low = memory.peak(device)["process"]
+    held = torch.ones(64 << 18)  # 64 MiB
+    del held
+    assert low + (48 << 20) < memory.peak(device)["process"] < low + (256 << 20)

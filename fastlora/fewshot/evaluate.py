@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from ..encoders import encode_image, encode_text
 from .crops import Normalise
 from .images import EvalImages, bar
+from .result import Result
 
 __all__ = [
     "Exam",
@@ -61,50 +60,6 @@ def class_logits(model: Any, image: Tensor, text: Tensor) -> Tensor:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision in `dtype`, or nothing for None (fp32)."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Predictions on a test set: int64 labels (n,), predicted (n,), fp32 probability of the predicted class (n,)."""
-
-    classes: tuple[str, ...]
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images whose class is predicted, in percent; 0 without images."""
-        return 100 * float((self.labels == self.predicted).double().mean()) if len(self.labels) else 0.0
-
-    def confusion(self) -> Tensor:
-        """int64 (classes, classes): row the true class, column the predicted one."""
-        n = len(self.classes)
-        return torch.bincount(self.labels * n + self.predicted, minlength=n * n).view(n, n)
-
-    def per_class(self) -> list[tuple[str, int, float | None]]:
-        """(name, test images, accuracy in percent or None without images) of every class."""
-        counts = self.confusion()
-        rows = zip(self.classes, counts.sum(1).tolist(), counts.diagonal().tolist(), strict=True)
-        return [(name, total, 100 * hits / total if total else None) for name, total, hits in rows]
-
-    def most_confused(self, most: int = 20) -> list[tuple[str, str, int]]:
-        """(true class, predicted class, images) of the commonest mistakes."""
-        counts = self.confusion().fill_diagonal_(0).flatten()
-        top = counts.topk(min(most, len(counts)))
-        n = len(self.classes)
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        return [(self.classes[i // n], self.classes[i % n], count) for i, count in pairs if count]
-
-    def write_csv(self, path: Path, names: list[str]) -> None:
-        """One line an image: file, class, predicted class, probability."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("image", "class", "predicted", "probability"))
-            for name, label, guess, p in zip(
-                names, self.labels.tolist(), self.predicted.tolist(), self.confidence.tolist(), strict=True
-            ):
-                writer.writerow((name, self.classes[label], self.classes[guess], f"{p:.4f}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +110,10 @@ def evaluate(
     """Classify every test image by the closest class prompt; the model is put in eval mode."""
     model.eval()
     features, labels = image_features(model, exam.images, normalise, dtype, console, what)
-    if not len(labels):
-        return Result(exam.classes, labels, labels.clone(), torch.empty(0))
     with autocast(exam.tokens.device, dtype):
         text = encode_prompts(model, exam.tokens)
-    best = class_logits(model, features, text).softmax(-1).max(-1)
-    return Result(exam.classes, labels, best.indices.cpu(), best.values.cpu())
+    logits = class_logits(model, features, text) if len(labels) else torch.empty(0, len(exam.classes))
+    return Result.of(exam.classes, labels, logits)
 
 
 def probe(
@@ -188,9 +141,8 @@ def probe(
         scores = [float(c == PROBE_CS[len(PROBE_CS) // 2]) for c in PROBE_CS]
     c = PROBE_CS[int(np.argmax(scores))]
     fitted = model(c).fit(x, y)
-    probabilities = torch.from_numpy(fitted.predict_proba(test_x)) if len(test_y) else torch.zeros(0, len(fitted.classes_))
-    best = probabilities.max(-1) if len(test_y) else None
-    if best is None:
-        return Result(classes, test[1], test[1].clone(), torch.empty(0)), c
-    seen = torch.from_numpy(fitted.classes_).to(torch.int64)
-    return Result(classes, test[1], seen[best.indices], best.values.float()), c
+    # a class without a shot is never predicted
+    logits = torch.full((len(test_y), len(classes)), -torch.inf)
+    if len(test_y):
+        logits[:, fitted.classes_] = torch.from_numpy(fitted.predict_log_proba(test_x)).float()
+    return Result.of(classes, test[1], logits), c

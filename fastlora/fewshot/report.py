@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from .datasets import Item
-from .evaluate import Result
 from .images import thumbnail
 from .recipe import templates
+from .result import Result
 
 __all__ = ["write"]
 

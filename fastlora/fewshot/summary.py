@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .evaluate import Result
 from .halves import harmonic_mean
 from .recipe import Recipe
+from .result import Result
 
 __all__ = ["base_to_new", "environment", "measures", "other", "print_result", "write_history"]
 
@@ -24,12 +25,21 @@ LONGEST_TABLE = 25
 
 
 def measures(before: Result, after: Result) -> dict[str, Any]:
-    """Accuracies in percent, per class and overall, and what was confused with what."""
+    """Accuracies in percent, overall and per class, calibration, and what was confused with what."""
+    top5 = {"top5_accuracy": round(after.top(5), 4), "zero_shot_top5_accuracy": round(before.top(5), 4)}
     rows = zip(before.per_class(), after.per_class(), strict=True)
     return {
         "accuracy": round(after.accuracy, 4),
         "zero_shot_accuracy": round(before.accuracy, 4),
         "test_images": len(after.labels),
+        **(top5 if len(after.classes) > 5 else {}),
+        "mean_of_classes": round(after.mean_of_classes, 4),
+        "zero_shot_mean_of_classes": round(before.mean_of_classes, 4),
+        "calibration": {
+            "ece": round(after.calibration_error, 4),
+            "zero_shot_ece": round(before.calibration_error, 4),
+            "bins": [dataclasses.asdict(b) for b in after.bins()],
+        },
         "per_class": [
             {"class": name, "images": count, "zero_shot": zero_shot, "accuracy": accuracy}
             for (name, count, zero_shot), (_, _, accuracy) in rows
@@ -108,6 +118,11 @@ def print_result(metrics: dict[str, Any], console: Console) -> None:
             f"base {halves['base']:.2f} %, new {halves['new']:.2f} %, harmonic mean {halves['harmonic_mean']:.2f} %"
             f" (zero-shot {halves['zero_shot']['harmonic_mean']:.2f} %)"
         )
+    top5 = f"top-5 {metrics['top5_accuracy']:.2f} %, " if "top5_accuracy" in metrics else ""
+    ece = metrics["calibration"]["ece"]
+    console.print(
+        f"{top5}mean of the classes {metrics['mean_of_classes']:.2f} %, calibration error {ece:.2f} %", highlight=False
+    )
     console.print(
         f"[bold]accuracy: {metrics['accuracy']:.2f} %[/bold] of {metrics['test_images']} test images"
         f" (zero-shot {metrics['zero_shot_accuracy']:.2f} %)"

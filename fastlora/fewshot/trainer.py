@@ -17,16 +17,17 @@ from torch import Tensor
 
 from .. import checkpoint as adapters
 from ..patch import patch
-from . import datasets, models, report, sampling, summary
+from . import datasets, memory, models, report, sampling, summary
 from .crops import Cropper, Normalise
 from .distributed import Ranks
 from .errors import UserError
-from .evaluate import Exam, Result, autocast, encode_prompts, evaluate, image_features, probe
+from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features, probe
 from .halves import base_and_new
 from .images import Decoded, EvalImages, decode_training
 from .loop import Loop, Signals, load_checkpoint
 from .objective import ZeroShotTerm, frozen_twin
 from .recipe import Recipe, one_or_all, templates
+from .result import Result
 from .runfolder import RunFolder, atomic, identity, write_json
 from .shared import Shared
 
@@ -122,6 +123,7 @@ def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, A
 def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, console: Console, shared: Shared) -> dict[str, Any]:
     recipe = job.recipe
     dtype = choose_dtype(recipe.precision, device)
+    memory.reset_peak(device)
     with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
         whole = shared.dataset(job.data, job.root)
         dataset, new = base_and_new(whole) if recipe.base_to_new else (whole, None)
@@ -394,6 +396,7 @@ def _finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, R
         with atomic(folder.history) as temporary:
             summary.write_history(temporary, loop.history, recipe)
     metrics |= details
+    metrics["memory"] = memory.peak(device)
     metrics["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
     metrics["notes"] = data.notes()
     metrics["environment"] = summary.environment(device, dtype)
