@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 __all__ = ["LoRAConfig", "OpSpec"]
@@ -26,6 +28,11 @@ def _choices(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...]
     return tuple(v for v in allowed if v in given)
 
 
+def _fits(key: str | int, path: str, block: int) -> bool:
+    """Whether a key of rank_pattern means the module at `path` in a tower's `block`."""
+    return key == block if isinstance(key, int) else fnmatch.fnmatchcase(path, key)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """How a model is adapted. The defaults are the recipe of CLIP-LoRA (Zanella & Ben Ayed, arXiv 2405.18541).
@@ -38,6 +45,8 @@ class LoRAConfig:
         encoders: which towers, of vision, text.
         layers: "all", "half-up", "half-bottom", "up", "mid", "bottom", "top3", or block indices; in each tower.
         scaling: "alpha/sqrt(r)" as in the paper, or "alpha/r".
+        rank_pattern: other ranks for some modules: {block number in each tower, or pattern of a module's path: rank}, the first
+            that fits counts, 0 for no adapter: {0: 0, 11: 8, "visual.*": 4}. Each scales by its own rank.
         backend: "triton", "eager", "reference", or None for the best one at each call.
 
     Raises:
@@ -51,13 +60,17 @@ class LoRAConfig:
     encoders: tuple[str, ...] = ENCODERS
     layers: str | tuple[int, ...] = "all"
     scaling: str = "alpha/sqrt(r)"
+    rank_pattern: Mapping[str | int, int] | tuple[tuple[str | int, int], ...] = ()
     backend: Literal["triton", "eager", "reference"] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= MAX_RANK:
+        def whole(value: Any, least: int, most: float = math.inf) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+        if not whole(self.rank, 1, MAX_RANK):
             raise ValueError(f"rank must be a whole number from 1 to {MAX_RANK}, got {self.rank!r}")
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise ValueError(f"alpha must be a positive number, got {self.alpha}")
@@ -77,11 +90,32 @@ class LoRAConfig:
             if not indices or not all(isinstance(i, int) and i >= 0 for i in indices):
                 raise ValueError(f"layers must be block indices of 0 or more, got {self.layers!r}")
             put("layers", indices)
+        pairs = self.rank_pattern.items() if isinstance(self.rank_pattern, Mapping) else self.rank_pattern
+        pattern = tuple((key, rank) for key, rank in pairs)
+        put("rank_pattern", pattern)
+        for key, rank in pattern:
+            if not (isinstance(key, str) or whole(key, 0)) or not whole(rank, 0, MAX_RANK):
+                raise ValueError(
+                    f"rank_pattern maps block numbers or patterns of module paths to ranks from 0 to {MAX_RANK},"
+                    f" got {key!r}: {rank!r}"
+                )
 
     @property
     def scale(self) -> float:
         """The factor before B(Ax)."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "alpha/sqrt(r)" else self.rank)
+
+    def at(self, path: str, block: int) -> LoRAConfig | None:
+        """The config of the module at `path` in a tower's block, with its own rank; None where rank_pattern leaves it out."""
+        for key, rank in dict(self.rank_pattern).items():
+            if _fits(key, path, block):
+                return dataclasses.replace(self, rank=rank, rank_pattern=()) if rank else None
+        return self
+
+    def unused_patterns(self, modules: Iterable[tuple[str, int]]) -> list[str | int]:
+        """The keys of rank_pattern that fit none of `modules`, (path, block) each: misspelt, most likely."""
+        places = list(modules)
+        return [key for key in dict(self.rank_pattern) if not any(_fits(key, *place) for place in places)]
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """The adapted blocks of a tower of `depth` blocks.

@@ -36,8 +36,9 @@ class PatchReport:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
+        own = " or its own" if self.config.rank_pattern else ""
         lines = [
-            f"{len(self.patched)} modules adapted, rank {self.config.rank}: {self.trainable:,} trainable parameters of"
+            f"{len(self.patched)} modules adapted, rank {self.config.rank}{own}: {self.trainable:,} trainable parameters of"
             f" {self.total:,} ({share:.2f} %)"
         ]
         return "\n".join(lines + [f"not adapted: {path}: {why}" for path, why in self.skipped.items()])
@@ -81,9 +82,10 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
 
     sites, skipped = _sites(model, config)
     if not sites:
-        raise ValueError("nothing to adapt: " + "; ".join(f"{path}: {why}" for path, why in skipped.items()))
+        why = "; ".join(f"{path}: {why}" for path, why in skipped.items()) or "rank_pattern gives every module rank 0"
+        raise ValueError(f"nothing to adapt: {why}")
     # all drop-ins are made before one is put in place: an error leaves the model as it was
-    layers = {path: adopt(model.get_submodule(path), config, **vars(site)) for path, site in sites.items()}
+    layers = {path: adopt(model.get_submodule(path), **vars(site)) for path, site in sites.items()}
     record = _Record(config, {path: model.get_submodule(path) for path in layers}, [], skipped)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -159,8 +161,9 @@ def config_of(model: nn.Module) -> LoRAConfig | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Adoption:
-    """What `adopt` takes beside the module and the config."""
+    """What `adopt` takes beside the module; the config has the rank of this one."""
 
+    config: LoRAConfig
     site: int
     active: tuple[bool, ...]
     weights: tuple[str, ...]
@@ -169,6 +172,7 @@ class _Adoption:
 def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, _Adoption], dict[str, str]]:
     """Path -> what is wanted of every module to adapt; path -> reason of what is left alone."""
     sites: dict[str, _Adoption] = {}
+    chosen: list[tuple[str, int]] = []
     skipped: dict[str, str] = {}
     for number, tower in enumerate(hosts.towers(model)):
         if tower.encoder not in config.encoders:
@@ -177,15 +181,22 @@ def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, _Adoption], 
             skipped[tower.path] = tower.refused
             continue
         for index in config.layer_indices(len(tower.blocks)):
-            for kind, site in enumerate(tower.blocks[index]):
-                active = tuple(target in config.targets for target in site.targets)
-                if not any(active) and not set(site.carries) & set(config.targets):
+            block = tower.blocks[index]
+            wanted = {site.path for site in block if set(site.targets) & set(config.targets)}
+            chosen += [(path, index) for path in wanted]
+            own = {site.path: config.at(site.path, index) if site.path in wanted else None for site in block}
+            for kind, site in enumerate(block):
+                carried = any(own[other.path] and set(other.targets) & set(site.carries) for other in block)
+                if own[site.path] is None and not carried:
                     continue
                 if (why := refusal(model.get_submodule(site.path), site.weights)) is not None:
                     skipped[site.path] = why
                 else:  # the same module has the same number whatever else is adapted
                     key = (((kind // 4) * 64 + number) * 1024 + index) * 4 + kind % 4
-                    sites[site.path] = _Adoption(key, active, site.weights)
+                    active = tuple(own[site.path] is not None and target in config.targets for target in site.targets)
+                    sites[site.path] = _Adoption(own[site.path] or config, key, active, site.weights)
+    if unused := config.unused_patterns(chosen):
+        raise ValueError(f"rank_pattern has {unused[0]!r}, which fits no module that the other options choose")
     return sites, skipped
 
 

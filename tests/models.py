@@ -16,11 +16,11 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny(seed: int = 0, **changes: dict[str, Any]) -> Any:
+def tiny(seed: int = 0, quick_gelu: bool = False, **changes: dict[str, Any]) -> Any:
     """A CLIP of three blocks a tower; `vision_cfg` and `text_cfg` entries override TINY's."""
     torch.manual_seed(seed)
     config = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else v for k, v in TINY.items()}
-    return CLIP(**config).eval()
+    return CLIP(**config, quick_gelu=quick_gelu).eval()
 
 
 def build(name: str, layers: int | None = None) -> Any:

@@ -84,3 +84,19 @@ def test_round_trip_through_json() -> None:
 def test_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoRAConfig().rank = 3  # type: ignore[misc]
+
+
+def test_rank_pattern_by_block_and_by_path() -> None:
+    config = LoRAConfig(rank=2, rank_pattern={0: 0, 1: 8, "visual.*": 4})
+    assert config.at("transformer.resblocks.0.attn", 0) is None
+    assert [(config.at(p, i) or config).rank for p, i in (("visual.a", 1), ("visual.a", 2), ("transformer.a", 2))] == [8, 4, 2]
+    own = config.at("visual.a", 2)
+    assert own is not None and own.scale == pytest.approx(1 / 2)  # alpha / sqrt(4)
+    assert config.unused_patterns([("visual.a", 0)]) == [1]
+    assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("pattern", [{"a": 129}, {"a": -1}, {-1: 2}, {1.5: 2}, {"a": True}, {"a": "2"}], ids=str)
+def test_bad_rank_patterns(pattern: Any) -> None:
+    with pytest.raises(ValueError, match="rank_pattern maps"):
+        LoRAConfig(rank_pattern=pattern)

@@ -288,6 +288,41 @@ def test_a_resnet_tower_is_skipped_and_said_so() -> None:
     assert "not adapted: visual.transformer" in str(report)
 
 
+def test_ranks_of_their_own() -> None:
+    model = tiny()
+    state = snapshot(model)
+    report = fastlora.patch(model, targets=("q", "o"), rank_pattern={0: 0, "visual.*.attn": 0, "*.2.attn*": 5})
+    layers = {path: layer for path, layer in lora_layers(model) if layer.adapted}
+    ranks = {path: layer.adapters()[0].shape[1] for path, layer in layers.items()}
+    assert not any(".0." in path for path in ranks)
+    # out_proj inside an attention without an adapter has one all the same
+    assert ranks["visual.transformer.resblocks.1.attn.out_proj"] == 2
+    assert {ranks[path] for path in ranks if ".2." in path} == {5} and "visual.transformer.resblocks.2.attn" not in ranks
+    assert layers["transformer.resblocks.2.attn"].spec.scale == pytest.approx(5**-0.5)
+    assert "rank 2 or its own" in str(report)
+    sum(f.sum() for f in features(model, *inputs(model))).backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None for p in fastlora.lora_parameters(model))
+    fastlora.unpatch(model)
+    assert_same_state(model, state)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ({"visul.*": 4}, "'visul.*', which fits no module"),
+        ({3: 4}, "3, which fits no module"),
+        ({"*": 0}, "every module rank 0"),
+    ],
+    ids=["path", "block", "none"],
+)
+def test_a_rank_pattern_that_fits_nothing_is_told(pattern: Any, message: str) -> None:
+    model = tiny()
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        fastlora.patch(model, rank_pattern=pattern)
+    assert dict(model.named_modules()) == modules
+
+
 ATTENTION_CALLS: dict[str, dict[str, Any]] = {
     "self": {},
     "weights": {"need_weights": True},

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import atomic
 from .errors import UserError
 from .recipe import Recipe
 
@@ -17,19 +16,6 @@ __all__ = ["RunFolder", "atomic", "identity", "write_json"]
 
 # A run leaves a few MiB; full fine-tuning checks again once the size of the model is known.
 LEAST_SPACE = 64 << 20
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well: readers see the old file or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

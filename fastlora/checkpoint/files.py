@@ -1,0 +1,75 @@
+"""Files written whole or not at all, and files read without running anything that is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["atomic", "open_safetensors", "read_pickle", "write_safetensors"]
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well: readers see the old file or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Tensors by name, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with atomic(path) as temporary:
+            save_file(plain, temporary, metadata=metadata)
+    except SafetensorError as error:  # safetensors wraps a full disk or a missing folder
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path, what: str) -> Iterator[Any]:
+    """safetensors' handle of a file: keys(), metadata(), get_tensor(name).
+
+    Raises:
+        ValueError: not safetensors, or cut short; `what` says what it should have been.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable {what}: {error}") from None
+
+
+def read_pickle(path: Path, what: str) -> Any:
+    """A file of torch.save: tensors and plain containers; anything that would run code is refused, unrun.
+
+    Raises:
+        ValueError: not such a file, or one with more in it; `what` says what it should have been.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        raise ValueError(f"{path} is not a readable {what}, or holds more than tensors and plain values: {reason}") from None
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        raise ValueError(f"{path} is not a readable {what}: {(str(error) or type(error).__name__).splitlines()[0]}") from None

@@ -1,0 +1,188 @@
+"""An adapter taken apart: one (A, B) for each projection of each block, whatever the host packs and however a format names it.
+
+Foreign formats are read into parts and written from them. A packed q, k, v module has one rank: parts of a lower rank, or
+missing ones, are filled with zeros in A and in B, which changes no output and no gradient (both stay zero in training).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import hosts
+from ..config import ENCODERS, LAYERS, TARGETS, LoRAConfig
+from ..patch import config_of, lora_layers
+
+__all__ = ["ForeignAdapter", "Part", "Place", "Slot", "parts_of", "slots"]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Place:
+    """A projection in any CLIP: encoder ("text", "vision"), block number, target ("q", "k", "v", "o", "fc1", "fc2")."""
+
+    encoder: str
+    block: int
+    target: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a place is in a model: the module's path, and which of the groups of its rows."""
+
+    path: str
+    group: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One projection's update: a (R, K), b (n, R), alpha, and the name it goes by in its file."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+    name: str = ""
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[0]
+
+
+def slots(model: nn.Module) -> dict[Place, Slot]:
+    """Every projection of a model that an adapter can be on, text tower first, block by block.
+
+    Raises:
+        TypeError: a model of no known family.
+    """
+    found = {}
+    for tower in hosts.towers(model):
+        for i, block in enumerate(tower.blocks):
+            for site in block:
+                for group, target in enumerate(site.targets):
+                    found[Place(tower.encoder, i, target)] = Slot(site.path, group)
+    return found
+
+
+def parts_of(model: nn.Module) -> dict[Place, Part]:
+    """The adapter of a patched model, part by part, in the order of `slots`."""
+    layers, config = dict(lora_layers(model)), config_of(model)
+    assert config is not None
+    parts = {}
+    for place, slot in slots(model).items():
+        layer = layers.get(slot.path)
+        if layer is None or not layer.spec.active[slot.group]:
+            continue
+        index = sum(layer.spec.active[: slot.group])
+        a, b = (parameter.detach().float().cpu() for parameter in layer.adapters())
+        parts[place] = Part(a[index], b.chunk(len(a))[index], config.alpha, slot.path)
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignAdapter:
+    """An adapter of another library, ready to be put on a model.
+
+    Args:
+        source: the file or folder, for messages.
+        parts: what it holds.
+        scaling: how a rank scales there.
+        dropout: what it was trained with.
+    """
+
+    source: str
+    parts: dict[Place, Part]
+    scaling: Literal["alpha/sqrt(r)", "alpha/r"]
+    dropout: float
+
+    def config(self, model: nn.Module, patched: LoRAConfig | None) -> LoRAConfig:
+        """The LoRAConfig whose modules hold the parts; dropout and backend are those of a patched model.
+
+        Raises:
+            ValueError: a part that the model has no place for.
+        """
+        where = slots(model)
+        for place, part in self.parts.items():
+            if place not in where:
+                raise ValueError(f"{self.source} is for another model: {part.name} is {place}, which this one does not have")
+        ranks = {path: max(self.parts[place].rank for place in places) for path, places in self._modules(where).items()}
+        ((rank, _),) = collections.Counter(ranks.values()).most_common(1)
+        first = next(part for part in self.parts.values() if part.rank == rank)
+        chosen = {(place.encoder, place.block) for place in self.parts}
+        encoders = tuple(encoder for encoder in ENCODERS if any(e == encoder for e, _ in chosen))
+        config = LoRAConfig(
+            rank=rank,
+            alpha=first.alpha,
+            dropout=self.dropout if patched is None else patched.dropout,
+            targets=tuple(target for target in TARGETS if any(place.target == target for place in self.parts)),
+            encoders=encoders,
+            layers=_layers(chosen, where, encoders),
+            scaling=self.scaling,
+            backend=None if patched is None else patched.backend,
+        )
+        # what the options choose beyond the parts has no adapter; exact paths, so brackets in them are escaped
+        pattern: dict[str | int, int] = {
+            glob.escape(slot.path): ranks.get(slot.path, 0)
+            for place, slot in where.items()
+            if place.target in config.targets and place.encoder in encoders
+            if place.block in config.layer_indices(_depth(where, place.encoder)) and ranks.get(slot.path, 0) != rank
+        }
+        return dataclasses.replace(config, rank_pattern=pattern)
+
+    def tensors(self, model: nn.Module, expected: set[str]) -> dict[str, Tensor]:
+        """The parts packed as the modules of the patched model hold them, by the names that a native file has.
+
+        Raises:
+            ValueError: a part of another shape than its module.
+        """
+        layers, packed = dict(lora_layers(model)), {}
+        for path, places in self._modules(slots(model)).items():
+            if (layer := layers.get(path)) is None:
+                raise ValueError(f"{self.source} is for another model: {path} cannot have an adapter here")
+            weight_n, k = layer.base_weight.shape
+            active = [i for i, on in enumerate(layer.spec.active) if on]
+            rank, n = layer.adapters()[0].shape[1], weight_n // len(layer.spec.active)
+            a, b = torch.zeros(len(active), rank, k), torch.zeros(len(active), n, rank)
+            for place, slot in places.items():
+                part, index = self.parts[place], active.index(slot.group)
+                r = part.rank
+                if part.a.shape != (r, k) or part.b.shape != (n, r):
+                    raise ValueError(
+                        f"{self.source} is for another model: {part.name} has A {tuple(part.a.shape)} and B"
+                        f" {tuple(part.b.shape)}, here A ({r}, {k}) and B ({n}, {r}) are needed"
+                    )
+                a[index, :r] = part.a
+                b[index, :, :r] = part.b * (self._scale(part) / layer.spec.scale)  # 1.0 but for a rank or alpha of its own
+            packed[f"{path}.lora_A"], packed[f"{path}.lora_B"] = a, b.flatten(0, 1)
+        return packed
+
+    def check_base(self, model: nn.Module) -> None:
+        """Foreign files say nothing of the base's weights."""
+
+    def _scale(self, part: Part) -> float:
+        return LoRAConfig(rank=part.rank, alpha=part.alpha, scaling=self.scaling).scale
+
+    def _modules(self, where: dict[Place, Slot]) -> dict[str, dict[Place, Slot]]:
+        """The parts' places by the path of their module."""
+        modules: dict[str, dict[Place, Slot]] = collections.defaultdict(dict)
+        for place in self.parts:
+            modules[where[place].path][place] = where[place]
+        return modules
+
+
+def _depth(where: dict[Place, Slot], encoder: str) -> int:
+    return 1 + max(place.block for place in where if place.encoder == encoder)
+
+
+def _layers(chosen: set[tuple[str, int]], where: dict[Place, Slot], encoders: tuple[str, ...]) -> str | tuple[int, ...]:
+    """The name of the chosen blocks, else their numbers, else "all", of which rank_pattern then leaves some out."""
+    depths = {encoder: _depth(where, encoder) for encoder in encoders}
+    for name in LAYERS:
+        if {(e, i) for e in encoders for i in LoRAConfig(layers=name).layer_indices(depths[e])} == chosen:
+            return name
+    indices = tuple(sorted({index for _, index in chosen}))
+    return indices if indices[-1] < min(depths.values()) else "all"
