@@ -1,0 +1,134 @@
+"""A sweep from start to end: check everything, carry out what is missing, write the rows, render tables and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .. import models
+from ..errors import UserError
+from ..shared import Shared
+from ..trainer import choose_device, choose_dtype
+from .execute import Place, execute, locate, locked
+from .grid import Grid, Run
+from .results import row_of, write_rows
+
+__all__ = ["Engine", "check", "finished", "local", "sweep"]
+
+# An engine carries out runs in any order and tells of each as it ends: the run, and what went wrong or None.
+Engine = Callable[[Sequence[Run], Place], Iterator[tuple[Run, str | None]]]
+
+
+def check(grid: Grid, place: Place, shared: Shared) -> None:
+    """Find every mistake that can be found before a model is loaded.
+
+    Raises:
+        UserError: a data set that is not there or not whole, no such model, an adapter that does not fit, no such device.
+    """
+    device = choose_device(place.device)
+    for run in grid.runs:
+        choose_dtype(run.recipe.precision, device)
+    known: dict[tuple[str, str | None], Any] = {}
+    for run in grid.runs:
+        key = run.recipe.model, run.recipe.pretrained
+        if key not in known:
+            known[key] = models.check(*key)
+        if run.recipe.method == "lora":
+            models.check_adapter(known[key], run.recipe.lora)
+    for data in dict.fromkeys(run.data for run in grid.runs):
+        shared.dataset(data, locate(data, place.roots))
+
+
+def local(runs: Sequence[Run], place: Place, shared: Shared | None = None) -> Iterator[tuple[Run, str | None]]:
+    """One run after another in this process, with one loaded model and each image decoded once."""
+    shared = shared or Shared()
+    for run in runs:
+        yield run, execute(run, place, shared)
+
+
+def sweep(grid: Grid, place: Place, console: Console, engine: Engine | None = None) -> list[dict[str, Any]]:
+    """Carry out the runs of `grid` that are not done in `place.out`, and write the rows of all that are.
+
+    Args:
+        engine: what carries out runs; None for `local`.
+
+    Returns:
+        The rows, in the order of the grid.
+
+    Raises:
+        UserError: a mistake found before anything began, or, at the end, runs that failed.
+        Interrupted: a signal stopped it; the same call goes on.
+    """
+    shared = Shared()
+    check(grid, place, shared)
+    place.out.mkdir(parents=True, exist_ok=True)
+    with locked(place.out / ".lock") as free:
+        if not free:
+            raise UserError(f"another sweep is at work in {place.out}: wait for it, or choose another --out")
+        rows = {run.name: row for run in grid.runs if (row := row_of(run, place.out)) is not None}
+        todo = [run for run in grid.runs if run.name not in rows]
+        console.print(f"{len(grid.runs)} runs, {len(rows)} done before, {len(todo)} to do", highlight=False)
+        failed: dict[str, str] = {}
+        with _Progress(console, len(grid.runs), len(rows)) as progress:
+            outcomes = engine(todo, place) if engine is not None else local(todo, place, shared)
+            with contextlib.closing(outcomes):  # type: ignore[type-var]  # engines are generators
+                for run, error in outcomes:
+                    row = row_of(run, place.out)
+                    if row is None:
+                        failed[run.name] = error or "it left no metrics.json"
+                    else:
+                        rows[run.name] = row
+                        write_rows(place.out, _ordered(grid, rows))
+                    progress.tell(run, row, failed.get(run.name))
+        done = _ordered(grid, rows)
+        write_rows(place.out, done)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} of {len(grid.runs)} runs failed, the first is {name}: {reason}")
+    return done
+
+
+def finished(grid: Grid, place: Place) -> list[dict[str, Any]]:
+    """The rows of the runs that are done in `place.out`, in the order of the grid."""
+    rows = {run.name: row for run in grid.runs if (row := row_of(run, place.out)) is not None}
+    if not rows:
+        raise UserError(f"no run of this grid is finished in {place.out}")
+    return _ordered(grid, rows)
+
+
+def _ordered(grid: Grid, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[run.name] for run in grid.runs if run.name in rows]
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere one line a run."""
+
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                   TimeRemainingColumn(), TextColumn("{task.fields[last]}"))  # fmt: skip
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done, last="")
+        self._console, self._total, self._done, self._begun = console, total, done, time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tell(self, run: Run, row: dict[str, Any] | None, error: str | None) -> None:
+        """One run has ended."""
+        self._done += 1
+        said = f"failed: {error}" if row is None else f"{row['accuracy']:.1f} % in {row['seconds']:.0f} s"
+        self._bar.update(self._task, completed=self._done, last=f"{run.name}: {said}")
+        if row is None or not self._console.is_terminal:
+            spent = time.monotonic() - self._begun
+            self._console.print(
+                f"[{self._done} of {self._total}, {spent:.0f} s] {run.name}: {said}", highlight=False, markup=False
+            )
