@@ -45,7 +45,10 @@ setup(
     packages=[*find_packages(include=["fastlora", "fastlora.*"]), "fastlora.kernels"],
     # PyPI's `kernels`, which transformers imports, owns the top-level name: ours lives under fastlora.
     package_dir={"fastlora.kernels": "kernels"},
-    package_data={"fastlora": ["py.typed", "mini/*.json", "mini/*.safetensors", "mini/*.md"]},
+    package_data={
+        "fastlora": ["py.typed", "mini/*.json", "mini/*.safetensors", "mini/*.md"],
+        "fastlora.fewshot.sweep": ["paper.json", "presets/*.yaml"],
+    },
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fastlora = fastlora.cli:main"]},

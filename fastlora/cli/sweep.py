@@ -17,11 +17,13 @@ __all__ = ["sweep"]
 ENGINES = ("local", "ray")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def sweep(
-    context: typer.Context,
     out: Annotated[Path, typer.Option(metavar="SWEEP", help="Folder for the runs, rows, tables and figures.")],
-    grid: Annotated[Path | None, typer.Argument(metavar="[GRID]", help="A YAML file with the grid.")] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[GRID] [--OPTION VALUE]...", help="A YAML file; any option of `fastlora train`."),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A grid that comes with fastlora: paper-table2, paper-ablation, base-to-new.")
     ] = None,
@@ -50,8 +52,9 @@ def sweep(
 
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
+    grid, options = grids.from_flags(arguments or [])
     if grid is not None and preset is not None:
-        raise UserError("give a grid file or --preset, not both")
+        raise UserError(f"give a grid file ({grid}) or --preset {preset}, not both")
     values: dict[str, Any] = {}
     where = "sweep"
     if preset is not None:
@@ -60,20 +63,22 @@ def sweep(
         values, where = grids.read(grid), f"grid {grid}"
     flags = {"data": data, "shots": shots, "seeds": seeds}
     values |= {name: grids.listed(name, text) for name, text in flags.items() if text is not None}
-    values |= grids.from_flags(context.args)
+    values |= options
     if root:
         values["root"] = [str(folder) for folder in root]
     parsed = grids.parse(values, where)
-    if show:
-        for run in parsed.runs:
-            print(f"{run.name}  {run.label}")
-        return
+    from ..fewshot.shared import Shared
     from ..fewshot.sweep import render as renderer
     from ..fewshot.sweep import runner
     from ..fewshot.sweep.execute import Place
 
     place = Place(out, parsed.roots, device, reports, shlex.join(["fastlora", *sys.argv[1:]]))
     screen = console()
+    if show:
+        runner.check(parsed, place, Shared())
+        for run in parsed.runs:
+            print(f"{run.name}  {run.label}")
+        return
     rows = runner.finished(parsed, place) if render else runner.sweep(parsed, place, screen, _engine(engine, address, workers))
     renderer.render(rows, parsed.title, out, screen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from ..trainer import Job
 from ..trainer import run as train
 from .grid import Run
 
-__all__ = ["Place", "execute", "locate", "locked"]
+__all__ = ["BUSY", "Place", "execute", "locate", "locked"]
+
+
+BUSY = "another process is at work on it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def execute(run: Run, place: Place, shared: Shared) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock") as free:
         if not free:
-            return "another process is at work on it"
+            return BUSY
         if RunFolder(folder).metrics.is_file():
             return None
         job = Job(
@@ -91,10 +95,13 @@ def locked(path: Path) -> Iterator[bool]:
     except ImportError:  # Windows: nothing keeps two sweeps apart there
         yield True
         return
-    with open(path, "w") as file:
+    with open(path, "a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
             return
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")  # who is at work
+        file.flush()
         yield True

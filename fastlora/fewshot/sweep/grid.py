@@ -216,30 +216,33 @@ def listed(name: str, text: str) -> list[Any]:
     return [int(part) for part in parts]
 
 
-def from_flags(arguments: list[str]) -> dict[str, Any]:
-    """`--rank 2,4 --targets q,k,v --targets q` as grid values: a repeated option is a list, as are commas where they can be.
+def from_flags(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """`GRID --rank 2,4 --targets q,k,v --targets q` as a file and grid values; what is given twice, or with commas, is a list.
 
     Raises:
-        UserError: an argument that is no option with a value.
+        UserError: an option that there is not, or one without a value, or a second file.
     """
+    grid: Path | None = None
     values: dict[str, list[str]] = {}
     left = list(arguments)
     while left:
         flag = left.pop(0)
         if not flag.startswith("--"):
-            raise UserError(f"unexpected argument {flag!r}: options are --NAME VALUE")
+            if grid is not None:
+                raise UserError(f"unexpected argument {flag!r}: one grid file, then --OPTION VALUE; several values with commas")
+            grid = Path(flag)
+            continue
         flag, equals, value = flag.partition("=")
         name = _key(flag[2:])
         if name not in OPTIONS:
-            raise UserError(f"unknown option {flag!r}: {closest(name, (*KEYS, *OPTIONS))}")
+            raise UserError(f"unknown option {flag}: {closest(name, ('data', 'root', 'shots', 'seeds', *OPTIONS), '--')}")
         if not equals:
             if not left or left[0].startswith("--"):
                 raise UserError(f"{flag} needs a value")
             value = left.pop(0)
         # a template is a sentence, targets a tuple: their commas are their own
-        parts = [value] if is_tuple(name) or name == "template" else value.split(",")
-        values.setdefault(name, []).extend(parts)
-    return {name: parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
+        values.setdefault(name, []).extend([value] if is_tuple(name) or name == "template" else value.split(","))
+    return grid, {name: parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,10 +24,10 @@ OPTIONS: tuple[str, ...] = (*_RECIPE, *_LORA)
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def closest(name: str, known: Collection[str]) -> str:
-    """ "did you mean rank?", or what there is."""
+def closest(name: str, known: Collection[str], before: str = "") -> str:
+    """ "did you mean rank?", or what there is; `before` goes before a name."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return f"did you mean {before}{close[0]}?" if close else f"known are {', '.join(known)}"
 
 
 def is_tuple(name: str) -> bool:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import models
 from ..errors import UserError
+from ..loop import Signals
 from ..shared import Shared
 from ..trainer import choose_device, choose_dtype
 from .execute import Place, execute, locate, locked
@@ -67,7 +68,7 @@ def sweep(grid: Grid, place: Place, console: Console, engine: Engine | None = No
     shared = Shared()
     check(grid, place, shared)
     place.out.mkdir(parents=True, exist_ok=True)
-    with locked(place.out / ".lock") as free:
+    with Signals(f"go on with: {place.again}"), locked(place.out / ".lock") as free:
         if not free:
             raise UserError(f"another sweep is at work in {place.out}: wait for it, or choose another --out")
         rows = {run.name: row for run in grid.runs if (row := row_of(run, place.out)) is not None}

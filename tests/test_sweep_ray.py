@@ -1,0 +1,51 @@
+"""The Ray engine on a local cluster of two workers that are killed on the way: nothing is lost, nothing done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fastlora.fewshot.sweep import results
+from pictures import command, make_folder, tiny_clip
+
+pytest.importorskip("ray", reason="the Ray engine is an optional extra: pip install 'fastlora[ray]'")
+
+
+@pytest.mark.slow
+def test_two_workers_killed_on_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    grid = {
+        "data": str(make_folder(tmp_path / "pictures", ["red", "green", "blue"], images=6)),
+        "model": tiny_clip(tmp_path / "tiny"), "pretrained": "none", "shots": [1, 2], "seeds": [1, 2],
+        "rank": [1, 2], "iterations": 60, "batch_size": 4, "lr": 1e-2,
+    }  # fmt: skip
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid))
+    arguments = command("sweep", str(tmp_path / "grid.yaml"), "--out", str(out), "--device", "cpu", "--engine", "ray")
+    killed: dict[int, str] = {}
+    with subprocess.Popen(
+        [*arguments, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    ) as process:
+        until = time.monotonic() + 120
+        while process.poll() is None and len(killed) < 2 and time.monotonic() < until:
+            for lock in out.glob("*/.lock"):
+                pid = lock.read_text().strip()
+                if len(killed) < 2 and pid and int(pid) not in killed and not (lock.parent / "metrics.json").exists():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+                        killed[int(pid)] = lock.parent.name
+            time.sleep(0.02)
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and len(killed) == 2, said
+    rows = results.read_rows(out / "rows.jsonl")
+    assert len(rows) == len({row["run"] for row in rows}) == 8
+    assert {path.parent.name for path in out.glob("*/metrics.json")} == {row["run"] for row in rows}
+    assert set(killed.values()) <= {row["run"] for row in rows}
+    # what each run learned is there, and no run took a step more or less than asked
+    assert all(len((out / row["run"] / "history.csv").read_text().splitlines()) == 61 for row in rows)
