@@ -174,7 +174,7 @@ def test_help_states_defaults_and_units(fastlora: Any) -> None:
         "[default: q,k,v]",
         "500 a shot",
         "in pixels",
-        "[default: (2e-4; 1e-5 for full fine-tuning)]",
+        "[default: (2e-4; 1e-5 for full, 2e-3 for coop)]",
     ):
         assert piece in text, piece
     for panel in ("Model", "LoRA", "Training", "Beyond the paper (all off)", "Tests", "Running"):

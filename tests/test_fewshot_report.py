@@ -15,7 +15,6 @@ import torch
 
 from fastlora.fewshot import report, summary
 from fastlora.fewshot.datasets import Item
-from fastlora.fewshot.evaluate import probe
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.result import BINS, Result
 from pictures import photo
@@ -109,23 +108,6 @@ class TestCalibration:
         labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         fair, sure = Result.of(("a", "b", "c"), labels, logits), Result.of(("a", "b", "c"), labels, 5 * logits)
         assert fair.calibration_error < 1.5 and sure.calibration_error > 20
-
-
-def test_probe_separates_what_can_be_separated() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.nn.functional.normalize(torch.randn(3, 16, generator=generator), dim=1)
-
-    def cloud(each: int) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.arange(3).repeat_interleave(each)
-        return torch.nn.functional.normalize(
-            centres[labels] + 0.1 * torch.randn(3 * each, 16, generator=generator), dim=1
-        ), labels
-
-    none = (torch.empty(0, 16), torch.empty(0, dtype=torch.int64))
-    for val in (none, cloud(4)):
-        predictions, c = probe(("a", "b", "c"), cloud(8), val, cloud(50), seed=1)
-        assert predictions.accuracy > 95 and c > 0
-    assert len(probe(("a", "b", "c"), cloud(1), none, none, seed=1)[0].labels) == 0
 
 
 class Checker(HTMLParser):

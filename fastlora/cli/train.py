@@ -69,7 +69,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Images a step.", rich_help_panel=TRAINING)] = Recipe.batch_size,
     lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING, show_default="2e-4; 1e-5 for full fine-tuning"),
+        typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING, show_default="2e-4; 1e-5 for full, 2e-3 for coop"),
     ] = None,
     lr_min: Annotated[float, typer.Option(help="Where the cosine schedule ends.", rich_help_panel=TRAINING)] = Recipe.lr_min,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.", rich_help_panel=TRAINING)] = Recipe.weight_decay,

@@ -17,6 +17,7 @@ from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
 from .loop import Signals
+from .methods import coop
 from .recipe import Recipe, one_or_all, templates
 from .runfolder import RunFolder, atomic, write_json
 from .trainer import choose_device, choose_dtype
@@ -36,7 +37,7 @@ def run(
     """Test the adapted model of `folder` on `data`, beside the model before; returns what metrics.json holds.
 
     Args:
-        folder: a finished run by LoRA, full fine-tuning or zero-shot.
+        folder: a finished run by a method that classifies by words.
         data: what `datasets.load` takes. Other classes than the run's are fine: they are words.
         out: where metrics.json, predictions.csv and report.html go, or None.
         template: the prompt or several, or None for the run's.
@@ -49,8 +50,8 @@ def run(
         recipe = Recipe.from_dict(config["recipe"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder.config}: {error}") from error
-    if recipe.method == "linear-probe":
-        raise UserError(f"the run in {folder.path} is a linear probe, which leaves no model to test")
+    if not recipe.names_any_class:
+        raise UserError(f"the run in {folder.path} is by {recipe.method}, which leaves no model to test")
     if not folder.metrics.is_file():
         raise UserError(f"the run in {folder.path} is not finished: go on with it by fastlora train … --resume")
     device = choose_device(device_name)
@@ -77,7 +78,12 @@ def run(
         begun = time.monotonic()
         before = evaluate(loaded.model, *rest, "zero-shot test")
         after = before
-        if recipe.method != "zero-shot":
+        if recipe.method == "coop":
+            names = loaded.tokenise([coop.NAMES], dataset.classes).to(device)
+            context, (placed,), _ = coop.place(loaded.model, [names])
+            coop.load(context, folder.context)
+            after = evaluate(loaded.model, dataclasses.replace(exam, tokens=placed), *rest[1:])
+        elif recipe.method != "zero-shot":
             _adapt(loaded.model, recipe, folder)
             after = evaluate(loaded.model, *rest)
         resolved = {"template": prompt, "data": data}

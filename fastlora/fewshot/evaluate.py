@@ -1,4 +1,4 @@
-"""Features and predictions: zero-shot and adapted accuracy, and a linear probe on frozen features."""
+"""Features and predictions: every test image is told apart by the words of its classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -26,12 +25,9 @@ __all__ = [
     "encode_prompts",
     "evaluate",
     "image_features",
-    "probe",
 ]
 
 BATCH = 128
-# Logistic regression's C is chosen from these by validation images, else by cross-validation on the shots.
-PROBE_CS = tuple(float(c) for c in 10.0 ** np.arange(-2, 5))
 
 
 def encode_prompts(model: Any, tokens: Tensor) -> Tensor:
@@ -114,35 +110,3 @@ def evaluate(
         text = encode_prompts(model, exam.tokens)
     logits = class_logits(model, features, text) if len(labels) else torch.empty(0, len(exam.classes))
     return Result.of(exam.classes, labels, logits)
-
-
-def probe(
-    classes: tuple[str, ...], train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int
-) -> tuple[Result, float]:
-    """Logistic regression (scikit-learn) on frozen unit features; each argument is (features (n, d), labels (n,)).
-
-    Returns:
-        The predictions on the test set, and the C that was chosen.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-
-    def model(c: float) -> LogisticRegression:
-        return LogisticRegression(C=c, max_iter=2000, random_state=seed)
-
-    (x, y), (val_x, val_y), (test_x, test_y) = ((a.cpu().double().numpy(), b.numpy()) for a, b in (train, val, test))
-    folds = min(5, int(np.bincount(y)[np.unique(y)].min()))
-    if len(val_y):
-        scores = [model(c).fit(x, y).score(val_x, val_y) for c in PROBE_CS]
-    elif folds >= 2:
-        splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
-        scores = [float(cross_val_score(model(c), x, y, cv=splits).mean()) for c in PROBE_CS]
-    else:  # one shot and nothing to choose by: the middle
-        scores = [float(c == PROBE_CS[len(PROBE_CS) // 2]) for c in PROBE_CS]
-    c = PROBE_CS[int(np.argmax(scores))]
-    fitted = model(c).fit(x, y)
-    # a class without a shot is never predicted
-    logits = torch.full((len(test_y), len(classes)), -torch.inf)
-    if len(test_y):
-        logits[:, fitted.classes_] = torch.from_numpy(fitted.predict_log_proba(test_x)).float()
-    return Result.of(classes, test[1], logits), c

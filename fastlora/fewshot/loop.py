@@ -179,7 +179,7 @@ class Loop:
         Raises:
             Interrupted: a signal came; a checkpoint has been written.
         """
-        set_training_mode(self.model)
+        set_training_mode(self.model, whole=self.recipe.method == "full")
         steps, started_at = self.recipe.steps, self.step
         begun = last_save = last_line = time.monotonic()
         before = self.seconds
@@ -269,9 +269,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
 
 
-def set_training_mode(model: nn.Module) -> None:
-    """Dropout of the adapters on; the frozen host stays in eval mode (BatchNorm's statistics are not ours to change)."""
-    adapters = [module for module in model.modules() if "lora_A" in module._parameters]
-    model.train(not adapters)
-    for module in adapters:
-        module.training = True
+def set_training_mode(model: nn.Module, whole: bool = False) -> None:
+    """Dropout of the adapters on; the frozen host stays in eval mode (BatchNorm's statistics are not ours to change).
+
+    With `whole`, where all weights are trained, the host is in training mode too.
+    """
+    model.train(whole)
+    for module in model.modules():
+        if "lora_A" in module._parameters:
+            module.training = True

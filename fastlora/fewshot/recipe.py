@@ -15,12 +15,12 @@ from ..config import LoRAConfig
 
 __all__ = ["METHODS", "PRECISIONS", "Recipe", "one_or_all", "templates"]
 
-METHODS = ("lora", "full", "linear-probe", "zero-shot")
+METHODS = ("lora", "full", "linear-probe", "tip-adapter-f", "coop", "zero-shot")
 # Classes are words to these, to the others rows of a matrix.
-BY_WORDS = ("lora", "full", "zero-shot")
+BY_WORDS = ("lora", "full", "coop", "zero-shot")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-# Full fine-tuning at LoRA's rate destroys a pretrained CLIP; 1e-5 is the usual rate for it.
-DEFAULT_LR = {"lora": 2e-4, "full": 1e-5}
+# Full fine-tuning at LoRA's rate destroys a pretrained CLIP; 1e-5 is the usual rate for it. CoOp's is that of its paper.
+DEFAULT_LR = {"lora": 2e-4, "full": 1e-5, "coop": 2e-3}
 ITERATIONS_PER_SHOT = 500
 
 
@@ -31,11 +31,12 @@ class Recipe:
     Args:
         model: an open_clip model, or "mini" for the one that comes with the package.
         pretrained: an open_clip tag, a checkpoint file, or None for random weights; "mini" has its own.
-        method: "lora", "full" (full fine-tuning), "linear-probe" (logistic regression on frozen features) or "zero-shot".
+        method: "lora", "full" (full fine-tuning), "linear-probe" (logistic regression on frozen features), "tip-adapter-f" (a
+            trained cache of the shots), "coop" (a learned context before the class names) or "zero-shot".
         shots: labelled images per class that are trained on.
         iterations: optimizer steps; None for 500 a shot.
         batch_size: images a step; the last batch of an epoch may be smaller.
-        lr: peak learning rate; None for 2e-4, with full fine-tuning 1e-5.
+        lr: peak learning rate; None for 2e-4, with full fine-tuning 1e-5, with coop 2e-3.
         lr_min: what the cosine ends at, stepped every iteration, without warm-up.
         weight_decay: AdamW's.
         betas: AdamW's.
@@ -134,7 +135,12 @@ class Recipe:
     @property
     def trains(self) -> bool:
         """Whether there is a training loop."""
-        return self.method in ("lora", "full")
+        return self.method in ("lora", "full", "coop")
+
+    @property
+    def uses_frozen_features(self) -> bool:
+        """Whether the method sees images as features of the frozen model, validation images among them."""
+        return self.method in ("linear-probe", "tip-adapter-f")
 
     @property
     def names_any_class(self) -> bool:

@@ -112,6 +112,8 @@ def _subtitle(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         "lora": f"LoRA of rank {lora['rank']} on {', '.join(lora['targets'])} of {' and '.join(lora['encoders'])}",
         "full": "full fine-tuning",
         "linear-probe": "linear probe on frozen features",
+        "tip-adapter-f": "Tip-Adapter-F on frozen features",
+        "coop": "CoOp, 16 learned vectors before the class names",
         "zero-shot": "zero-shot, nothing trained",
     }[recipe["method"]]
     shots = (

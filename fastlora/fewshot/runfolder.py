@@ -30,8 +30,8 @@ def identity(recipe: Recipe, data: str) -> dict[str, Any]:
 
 
 class RunFolder:
-    """RUN: config.json, split.json, checkpoint.pt, adapter.safetensors (model.safetensors after full fine-tuning),
-    metrics.json, history.csv, predictions.csv, report.html and log/."""
+    """RUN: config.json, split.json, checkpoint.pt, adapter.safetensors (model.safetensors after full fine-tuning,
+    context.safetensors after CoOp), metrics.json, history.csv, predictions.csv, report.html and log/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,6 +40,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.pt"
         self.adapter = path / "adapter.safetensors"
         self.model = path / "model.safetensors"
+        self.context = path / "context.safetensors"
         self.metrics = path / "metrics.json"
         self.predictions = path / "predictions.csv"
         self.history = path / "history.csv"
@@ -58,7 +59,7 @@ class RunFolder:
                 if _flat(there).get(key) != value:
                     was = _flat(there).get(key)
                     raise UserError(f"--resume: the run in {self.path} has {key} = {was!r}, now it is {value!r}")
-        elif self.metrics.exists() or self.adapter.exists() or self.model.exists():
+        elif self.metrics.exists() or self.adapter.exists() or self.model.exists() or self.context.exists():
             raise UserError(f"--out {self.path} holds files of another run, but no config.json: choose another folder")
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):

@@ -21,10 +21,12 @@ from . import datasets, memory, models, report, sampling, summary
 from .crops import Cropper, Normalise
 from .distributed import Ranks
 from .errors import UserError
-from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features, probe
+from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
 from .halves import base_and_new
 from .images import Decoded, EvalImages, decode_training
 from .loop import Loop, Signals, load_checkpoint
+from .methods import coop, probe, tip_adapter
+from .methods.frozen import Frozen, views
 from .objective import ZeroShotTerm, frozen_twin
 from .recipe import Recipe, one_or_all, templates
 from .result import Result
@@ -35,6 +37,8 @@ __all__ = ["NEW", "TEST", "Job", "Prepared", "choose_device", "choose_dtype", "p
 
 # What the tests of a run are called beside the names of other data sets.
 TEST, NEW = "test", "new classes"
+# Methods that see frozen features alone: Frozen -> predictions and what was chosen.
+FITTED = {"linear-probe": probe.fit, "tip-adapter-f": tip_adapter.fit}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +165,6 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         exams = [exam(TEST, dataset, data.test)]
         exams += [exam(NEW, new, held_out(new))] if new is not None else []
         exams += [exam(name, other, held_out(other)) for name, other in others.items()]
-        tokens = exams[0].tokens
         normalise = Normalise(loaded.mean, loaded.std, device)
         frozen = recipe.model, recipe.pretrained, device, dtype
         begun = time.monotonic()
@@ -169,8 +172,8 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         for sat in exams:
             if sat.name not in before:
                 what = f"zero-shot: {sat.name}"
-                test = partial(evaluate, loaded.model, sat, normalise, dtype, console, what)
-                before[sat.name] = shared.once(whole, (what, *frozen, recipe.template, sat.classes, sat.images), test)
+                say = partial(evaluate, loaded.model, sat, normalise, dtype, console, what)
+                before[sat.name] = shared.once(whole, (what, *frozen, recipe.template, sat.classes, sat.images), say)
             if not len(before[sat.name].labels):
                 where = job.data if sat.name in (TEST, NEW) else sat.name
                 raise UserError(f"no test image of {where} can be read, the first is {sat.images.first_broken()}")
@@ -183,23 +186,31 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         details: dict[str, Any] = {}
         loop = None
         after = before
+        begun = time.monotonic()
         if recipe.trains:
-            loop = _train(job, folder, loaded, data, tokens, dtype, state, before, split, signals, ranks, console, details)
+            term = _zero_shot_term(loaded, recipe, exams[0].tokens, dtype)
+            context = None
+            if recipe.method == "coop":
+                names = [loaded.tokenise([coop.NAMES], sat.classes).to(device) for sat in exams]
+                torch.manual_seed(recipe.seed)
+                context, placed, undo = coop.place(loaded.model, names)
+                lent.callback(undo)
+                exams = [dataclasses.replace(sat, tokens=prompts) for sat, prompts in zip(exams, placed, strict=True)]
+            loop = _train(
+                job, folder, loaded, data, exams[0].tokens, dtype, term, state, before, split, signals, ranks, console, details
+            )
             timings["training"] = loop.seconds
             begun = time.monotonic()
             after = {sat.name: evaluate(loaded.model, sat, normalise, dtype, console, f"testing: {sat.name}") for sat in exams}
             timings["test"] = time.monotonic() - begun
-            if recipe.method == "lora":
-                adapters.save(loaded.model, folder.adapter)
-            elif not job.brief:
-                _save_model(loaded.model, folder)
-        elif recipe.method == "linear-probe":
-            begun = time.monotonic()
+            _save(loaded.model, context, folder, job)
+        elif recipe.uses_frozen_features:
             features = partial(image_features, loaded.model, data.test, normalise, dtype, console, "features")
-            tested_features = shared.once(whole, ("test features", *frozen, data.test), features)
-            after = {}
-            after[TEST], details["probe_c"] = _probe(loaded, data, tested_features, normalise, dtype, recipe.seed, console)
-            timings["linear probe"] = time.monotonic() - begun
+            test = shared.once(whole, ("test features", *frozen, data.test), features)
+            given = _frozen(loaded, data, exams[0].tokens, test, normalise, dtype, recipe, console)
+            fitted, details = FITTED[recipe.method](given)
+            after = {TEST: fitted}
+            timings[recipe.method.replace("-", " ")] = time.monotonic() - begun
         return _finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
 
 
@@ -234,7 +245,7 @@ def prepare(
                 bad = [item.name for item in dataset.train if item.label == label and item.name in broken]
                 why = f"the first is {bad[0]} ({decoded.broken[bad[0]]})" if bad else "there is none"
                 raise UserError(f"class {name!r} has no readable training image: {why}")
-        wanted = [*shots.train, *shots.val] if recipe.method == "linear-probe" else shots.train
+        wanted = [*shots.train, *shots.val] if recipe.uses_frozen_features else shots.train
         if not needs_images:
             break
         decode_training(wanted, recipe.max_side, decoded, console)
@@ -288,10 +299,9 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
-           state: dict[str, Any] | None, before: dict[str, Result], split: dict[str, list[str]], signals: Signals, ranks: Ranks,
-           console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
+           term: ZeroShotTerm | None, state: dict[str, Any] | None, before: dict[str, Result], split: dict[str, list[str]],
+           signals: Signals, ranks: Ranks, console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
     recipe, model = job.recipe, loaded.model
-    term = _zero_shot_term(loaded, recipe, tokens, dtype)
     torch.manual_seed(recipe.seed)
     if recipe.method == "lora":
         try:
@@ -300,7 +310,7 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
             raise UserError(str(error)) from error
         console.print(str(patched))
         details["skipped"] = patched.skipped
-    else:
+    elif recipe.method == "full":
         model.requires_grad_(True)
         model.logit_scale.requires_grad_(False)  # as with LoRA: the temperature is the pretrained one
     trainable = sum(p.numel() for p in models.trained_state(model).values())
@@ -328,7 +338,7 @@ def _zero_shot_term(
     """The term of the loss that `recipe` asks for; the model must be as it was loaded."""
     if not recipe.kl_weight:
         return None
-    twin = frozen_twin(loaded.model, share=recipe.method == "lora")
+    twin = frozen_twin(loaded.model, share=recipe.method != "full")
     with autocast(tokens.device, dtype):
         text = encode_prompts(twin, tokens)
     return ZeroShotTerm(twin, text, recipe.kl_weight, recipe.kl_temperature)
@@ -353,14 +363,32 @@ class _NoLog(contextlib.AbstractContextManager["_NoLog"]):
         """Nothing."""
 
 
-def _probe(loaded: models.LoadedModel, data: Prepared, test: tuple[Tensor, Tensor], normalise: Normalise,
-           dtype: torch.dtype | None, seed: int, console: Console) -> tuple[Result, float]:  # fmt: skip
+def _frozen(loaded: models.LoadedModel, data: Prepared, tokens: Tensor, test: tuple[Tensor, Tensor], normalise: Normalise,
+            dtype: torch.dtype | None, recipe: Recipe, console: Console) -> Frozen:  # fmt: skip
+    """What the methods on frozen features are given."""
+
     def centre(items: tuple[datasets.Item, ...]) -> tuple[Tensor, Tensor]:
         kept = [item for item in items if item.name in data.decoded.images]
-        test_like = EvalImages(kept, loaded.size, console)
-        return image_features(loaded.model, test_like, normalise, dtype, console, "features")
+        return image_features(loaded.model, EvalImages(kept, loaded.size, console), normalise, dtype, console, "features")
 
-    return probe(data.dataset.classes, centre(data.shots.train), centre(data.shots.val), test, seed)
+    with torch.no_grad(), autocast(tokens.device, dtype):
+        text = encode_prompts(loaded.model, tokens)
+    images, _ = data.training()
+    crops = partial(views, loaded.model, images, recipe, loaded.size, data.flip, normalise, dtype)
+    scale = float(loaded.model.logit_scale.detach().exp())
+    shots = data.shots
+    return Frozen(data.dataset.classes, centre(shots.train), centre(shots.val), test, text, scale, crops, recipe.seed)
+
+
+def _save(model: torch.nn.Module, context: coop.ContextEmbedding | None, folder: RunFolder, job: Job) -> None:
+    """Write what was trained."""
+    if job.recipe.method == "lora":
+        adapters.save(model, folder.adapter)
+    elif context is not None:
+        with atomic(folder.context) as temporary:
+            coop.save(context, temporary)
+    elif not job.brief:
+        _save_model(model, folder)
 
 
 def _save_model(model: torch.nn.Module, folder: RunFolder) -> None:
