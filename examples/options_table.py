@@ -69,8 +69,8 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     also = (str(args.also),) if args.also else ()
     for data in args.data:
         shared = Shared()
-        for seed in SEEDS:
-            for option in OPTIONS:
+        for option in OPTIONS:
+            for seed in SEEDS:
                 if (data, option, seed) in done:
                     continue
                 out = args.out / "run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from fastlora.fewshot import report, summary
 from fastlora.fewshot.datasets import Item
 from fastlora.fewshot.recipe import Recipe
+from fastlora.fewshot.report import mistakes, plots
 from fastlora.fewshot.result import BINS, Result
 from pictures import photo
 
@@ -133,7 +135,7 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-def written(tmp_path: Path, classes: int, **config: Any) -> str:
+def written(tmp_path: Path, classes: int, more: dict[str, Any] | None = None, **config: Any) -> str:
     before, after = result(classes, seed=1), result(classes, seed=2)
     before = dataclasses.replace(before, labels=after.labels)
     test = [Item(int(label), f"{i}.png", photo(20, 20, i)) for i, label in enumerate(after.labels)]
@@ -143,6 +145,7 @@ def written(tmp_path: Path, classes: int, **config: Any) -> str:
     metrics["training"] = {"seconds": 12.0, "steps": 300, "steps_per_second": 25.0, "trainable_parameters": 1234}
     metrics |= {"timings": {"training": 12.0}, "environment": summary.environment(torch.device("cpu"), None)}
     shown = {"recipe": recipe.to_dict(), "data": "d", "data_name": "d & d", "classes": list(after.classes), "template": "a {}."}
+    metrics |= more or {}
     path = tmp_path / "report.html"
     report.write(path, shown, metrics, before, after, test, history if recipe.trains else None)
     return path.read_text(encoding="utf-8")
@@ -154,7 +157,7 @@ class TestReport:
         page = written(tmp_path, classes)
         checker = Checker()
         checker.feed(page)
-        assert checker.open == [] and 1 <= checker.pictures <= report.MOST_MISTAKES
+        assert checker.open == [] and 1 <= checker.pictures <= mistakes.MOST_PICTURES
         assert page.count("<tr><td>&lt;class&gt; &amp; 1</td>") >= 1 and "<class>" not in page
         assert "d &amp; d" in page and "a &lt; b" in page and "1,234" in page
         assert len(page) < 2_000_000
@@ -165,11 +168,52 @@ class TestReport:
 
     def test_plots_take_the_colour_of_the_page(self, tmp_path: Path) -> None:
         page = written(tmp_path, 4)
-        assert "currentColor" in page and report.INK not in page and "prefers-color-scheme: dark" in page
+        assert "currentColor" in page and plots.INK not in page and "prefers-color-scheme: dark" in page
 
     def test_without_training_there_are_no_curves(self, tmp_path: Path) -> None:
         page = written(tmp_path, 4, method="linear-probe")
         assert "training-curves" not in page and "linear probe" in page
+
+    def test_every_link_leads_to_a_section(self, tmp_path: Path) -> None:
+        page = written(tmp_path, 4)
+        links = re.findall(r'<a href="#([^"]+)">', page)
+        assert links == re.findall(r'<h2 id="([^"]+)"', page) and {"training", "calibration", "mistakes", "weakest"} <= set(
+            links
+        )
+
+    def test_halves_and_other_sets_are_shown_where_they_were_measured(self, tmp_path: Path) -> None:
+        plain = written(tmp_path, 4)
+        assert "Base to new" not in plain and "On other data sets" not in plain
+        halves = {"base": 80.0, "new": 60.0, "harmonic_mean": 68.6, "base_classes": 4, "new_classes": 3}
+        halves["zero_shot"] = {"base": 50.0, "new": 65.5, "harmonic_mean": 56.7}  # type: ignore[assignment]
+        also = {"data": "a/b <c>", "classes": 2, "test_images": 9, "zero_shot": 40.0, "accuracy": 31.2, "change": -8.8}
+        page = written(tmp_path, 4, {"base_to_new": halves, "also": [also], "memory": {"process": 3 << 30, "gpu": 5 << 20}})
+        assert '<span class="good">+30.0</span>' in page and '<span class="bad">−5.5</span>' in page
+        assert "b &lt;c&gt;" in page and '<span class="bad">−8.8</span>' in page
+        assert "3.00 GiB" in page and "5 MiB" in page
+
+    def test_pictures_are_the_worst(self) -> None:
+        after = result(4, seed=2)
+        test = [Item(int(label), f"{i}.png", photo(20, 20, i)) for i, label in enumerate(after.labels)]
+        sure = [int(i) for i in re.findall(r'title="(\d+).png"', mistakes.surest(after, test))]
+        wrong = [i for i in range(200) if after.labels[i] != after.predicted[i]]
+        best = sorted(wrong, key=lambda i: -float(after.confidence[i]))
+        assert sure[0] == best[0] and set(sure) <= set(wrong) and len(sure) == 8  # two of each class
+        assert max(after.labels[sure].bincount()) == mistakes.MOST_A_CLASS
+        cases = mistakes.weakest_classes(after, test).split('<div class="case">')[1:]
+        accuracies = {name: accuracy for name, _, accuracy in after.per_class()}
+        names = [html.unescape(re.findall(r"<b>(.*?)</b>", case)[0]) for case in cases]
+        assert [accuracies[name] for name in names] == sorted(accuracies.values())  # type: ignore[type-var]
+        for name, case in zip(names, cases, strict=True):
+            shown = [int(i) for i in re.findall(r'title="(\d+).png"', case)]
+            own = [i for i in wrong if after.classes[after.labels[i]] == name]
+            assert shown == sorted(own, key=lambda i: float(after.truth[i]))[: mistakes.WORST]
+
+    def test_nothing_mistaken(self) -> None:
+        labels = torch.tensor([0, 1])
+        perfect = Result.of(("a", "b"), labels, 9 * torch.eye(2))
+        test = [Item(0, "0.png", photo(20, 20, 0)), Item(1, "1.png", photo(20, 20, 1))]
+        assert mistakes.surest(perfect, test) == "" == mistakes.weakest_classes(perfect, test)
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
