@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastlora.fewshot.crops import Boxes, Cropper, Normalise, crop_on_cpu, crop_on_device, draw_boxes, pad, resize_weights
+from fastlora.fewshot.crops import Boxes, Normalise, crop_on_cpu, crop_on_device, draw_boxes, pad, resize_weights
 from pictures import photo
 
 SHAPES = [(300, 400), (128, 200), (64, 64), (33, 517), (500, 300), (8, 9), (1, 1)]
@@ -121,11 +121,3 @@ def test_normalise_is_torchvisions() -> None:
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = tv.normalize(pixels.float() / 255, mean, std)
     assert torch.allclose(Normalise(mean, std, torch.device("cpu"))(pixels), expected, atol=1e-5)
-
-
-def test_cropper_takes_the_images_it_is_asked_for() -> None:
-    images = [torch.full((3, 10 + i, 12), 20 * i, dtype=torch.uint8) for i in range(5)]
-    cropper = Cropper(images, 8, [0.0] * 3, [1 / 255] * 3, torch.device("cpu"))
-    index = torch.tensor([3, 1])
-    out = cropper(index, draw_boxes(cropper.sizes[index], SCALE, True, torch.Generator().manual_seed(0)))
-    assert out.shape == (2, 3, 8, 8) and torch.allclose(out.mean((1, 2, 3)), torch.tensor([60.0, 20.0]), atol=1e-3)

@@ -116,8 +116,20 @@ class TestTraining:
     def test_memory_is_told_before_it_is_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         item = saved(tmp_path, Image.fromarray(photo(64, 64, 0)))
         monkeypatch.setattr(images, "available_memory", lambda: 1000)
-        with pytest.raises(MemoryError, match="lower --max-side"):
-            decode_training([item], 512, Decoded(), QUIET)
+        with pytest.raises(MemoryError, match="lower --max-side, or use --images stream"):
+            decode_training([item], 512, Decoded(), QUIET, "memory")
+
+    @pytest.mark.parametrize("where", ["auto", "stream"])
+    def test_what_is_streamed_has_a_size_and_no_pixels(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        item = saved(tmp_path, Image.fromarray(photo(64, 72, 0)))
+        if where == "auto":
+            monkeypatch.setattr(images, "available_memory", lambda: 48 * 54 * 3)  # some must be left
+        into = Decoded()
+        decode_training([item], 48, into, QUIET, where)
+        assert into.images == {} and into.sizes == {"x.png": (48, 54)}
+        assert into.notes() == ["images shrunk to 48 pixels on the shorter side: 1"]
 
     def test_nothing_is_decoded_twice(self, tmp_path: Path) -> None:
         item = saved(tmp_path, Image.fromarray(photo(16, 16, 0)))

@@ -170,10 +170,10 @@ class TestRates:
 class TestAverage:
     def test_is_the_mean(self) -> None:
         weight = torch.zeros(3)
-        average = Average([weight], first=3)
+        average = Average([weight], share=4 / 6, steps=6)
         for step in range(1, 7):
             weight.fill_(float(step))
-            average.update(step)
+            average.update(torch.tensor([step - 1]))
         average.apply()
         torch.testing.assert_close(weight, torch.full((3,), (3 + 4 + 5 + 6) / 4))
 

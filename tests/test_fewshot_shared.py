@@ -42,7 +42,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     metrics = json.loads(json.dumps(metrics))
     for name in ("seconds", "steps_per_second"):
         metrics.get("training", {}).pop(name, None)
-    del metrics["timings"]
+    del metrics["timings"], metrics["memory"]
     return metrics
 
 

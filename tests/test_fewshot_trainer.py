@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 
 from fastlora.config import LoRAConfig
 from fastlora.fewshot import evalrun, models, trainer
+from fastlora.fewshot.batches import generator
 from fastlora.fewshot.errors import Interrupted, UserError
-from fastlora.fewshot.loop import Loop, Signals, generator, set_training_mode
+from fastlora.fewshot.loop import Loop, set_training_mode
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder, atomic
+from fastlora.fewshot.signals import Signals
 from fastlora.fewshot.trainer import Job
 from pictures import command, make_folder, photo, tiny_clip, train_arguments
 

@@ -129,6 +129,20 @@ def train(
         ),
     ] = Recipe.precision,
     device: Annotated[str, typer.Option(help=DEVICE_HELP, rich_help_panel=RUNNING)] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="How steps are carried out: eager, compile, graph (one CUDA graph), or auto: graph on a GPU.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = "auto",
+    images: Annotated[
+        str,
+        typer.Option(
+            help="Training images: memory, stream (decoded from the disk at each step), or auto: as they fit.",
+            rich_help_panel=RUNNING,
+        ),
+    ] = "auto",
     root: Annotated[Path, typer.Option(help="Folder that holds the known sets.", rich_help_panel=RUNNING)] = Path("data"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in RUN.", rich_help_panel=RUNNING)
@@ -167,7 +181,8 @@ def train(
 
     again = shlex.join(["fastlora", *sys.argv[1:], *([] if resume else ["--resume"])])
     often = checkpoint_seconds, checkpoint_steps
-    job = trainer.Job(recipe, data, out, root, device, resume, *often, again, also=tuple(also or ()))
+    where = root, device, resume, *often, again, engine, images
+    job = valid(lambda: trainer.Job(recipe, data, out, *where, also=tuple(also or ())))
     trainer.run(job, console())
 
 

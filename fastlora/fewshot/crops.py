@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Boxes", "Cropper", "crop_on_device", "draw_boxes", "resize_weights"]
+__all__ = ["Boxes", "Normalise", "crop_on_cpu", "crop_on_device", "draw_boxes", "extent", "pad", "resize_weights"]
 
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
@@ -112,35 +112,6 @@ def crop_on_device(images: Tensor, boxes: Boxes, size: int) -> Tensor:
     return (wy[:, None] @ across).round_().clamp_(0, 255)
 
 
-class Cropper:
-    """Training images, and random crops of them at the model's size.
-
-    On the CPU images keep their own sizes; on a device they lie in one padded tensor, so that a step has fixed shapes.
-
-    Args:
-        images: uint8 (3, h, w) each.
-        size: side of the crops.
-        mean, std: per channel, of pixels in [0, 1].
-        device: where crops are needed.
-    """
-
-    def __init__(
-        self, images: Sequence[Tensor], size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
-    ) -> None:
-        self.size, self.device = size, device
-        self.sizes = torch.tensor([image.shape[1:] for image in images])
-        self._images = list(images) if device.type == "cpu" else pad(images).to(device)
-        self.normalise = Normalise(mean, std, device)
-
-    def __call__(self, index: Tensor, boxes: Boxes) -> Tensor:
-        """Crops of the images that `index` (n,) names, normalised: float32 (n, 3, size, size) on the device."""
-        if isinstance(self._images, Tensor):
-            on_device = Boxes(*(t.to(self.device, non_blocking=True) for t in (boxes.box, boxes.flip)))
-            images = self._images[index.to(self.device, non_blocking=True)]
-            return self.normalise(crop_on_device(images, on_device, self.size))
-        return self.normalise(crop_on_cpu([self._images[i] for i in index.tolist()], boxes, self.size))
-
-
 def crop_on_cpu(images: Sequence[Tensor], boxes: Boxes, size: int) -> Tensor:
     """uint8 images (3, h, w) of any sizes -> uint8 crops (n, 3, size, size), by torchvision's kernels."""
     from torchvision.transforms import InterpolationMode
@@ -154,10 +125,21 @@ def crop_on_cpu(images: Sequence[Tensor], boxes: Boxes, size: int) -> Tensor:
     return torch.stack(crops)
 
 
-def pad(images: Sequence[Tensor]) -> Tensor:
-    """One uint8 tensor (n, 3, H, W) with zeros below and beside the smaller images."""
-    height, width = (max(image.shape[d] for image in images) for d in (1, 2))
-    padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+def extent(sizes: Tensor) -> tuple[int, int]:
+    """Height and width that hold every image of `sizes` (N, 2)."""
+    height, width = sizes.amax(0).tolist()
+    return height, width
+
+
+def pad(
+    images: Sequence[Tensor],
+    room: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    pinned: bool = False,
+) -> Tensor:
+    """One uint8 tensor (n, 3, H, W), zero below and beside the smaller images; `room` is (H, W), by default the least."""
+    height, width = room or (max(image.shape[d] for image in images) for d in (1, 2))
+    padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8, device=device, pin_memory=pinned)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
     return padded

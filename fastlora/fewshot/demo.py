@@ -14,11 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from . import datasets, models
+from .batches import Draws
 from .compare import Cost, compare
-from .crops import Cropper
 from .errors import UserError
 from .evaluate import class_logits, encode_images, encode_prompts
-from .loop import Loop
 from .recipe import ITERATIONS_PER_SHOT, Recipe
 from .runfolder import RunFolder, write_json
 from .shared import Shared
@@ -78,11 +77,12 @@ def measure(recipe: Recipe, console: Console) -> list[Cost]:
     loaded = models.load(recipe.model, recipe.pretrained, device)
     quiet = Console(quiet=True)
     data = prepare(datasets.load("digits"), recipe, loaded.size, quiet, Shared())
-    images, labels = data.training()
-    cropper = Cropper(images, loaded.size, loaded.mean, loaded.std, device)
     tokens = loaded.tokenizer(data.prompts())
-    first = Loop(loaded.model, recipe, cropper, labels, tokens, None, data.flip).batch(0)
-    batch, targets = first.images, first.labels
+    trained = data.training_set(recipe, loaded, device, quiet)
+    draw = Draws(recipe, trained.store.sizes, trained.flip)(0)
+    pixels = trained.store.fetch(draw)
+    assert isinstance(pixels, Tensor), "a CPU's crops are sent"
+    batch, targets = trained.normalise(pixels), trained.labels[draw.index]
 
     def ours(model: Any) -> Tensor:
         return F.cross_entropy(class_logits(model, encode_images(model, batch), encode_prompts(model, tokens)), targets)

@@ -16,10 +16,10 @@ from .crops import Normalise
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
-from .loop import Signals
 from .methods import coop
 from .recipe import Recipe, one_or_all, templates
 from .runfolder import RunFolder, atomic, write_json
+from .signals import Signals
 from .trainer import choose_device, choose_dtype
 
 __all__ = ["run"]

@@ -22,7 +22,10 @@ from torch import Tensor
 
 from .datasets import Item
 
-__all__ = ["Decoded", "EvalImages", "available_memory", "centre_crop", "decode_training", "open_rgb", "thumbnail"]
+__all__ = [
+    "IMAGES", "Decoded", "EvalImages", "Unreadable", "available_memory", "centre_crop", "decode_training", "gib", "open_rgb",
+    "thumbnail", "training_image",
+]  # fmt: skip
 
 BICUBIC = Image.Resampling.BICUBIC
 # An image this many times longer than wide is cut to that ratio first: what is cut never reaches the centre crop.
@@ -30,6 +33,10 @@ LONGEST_RATIO = 8
 TINY = 8
 # Test images are kept if they take at most this share of the free memory, otherwise decoded again for each evaluation.
 KEEP_SHARE = 0.25
+# Training images are kept up to this share of the free memory: crops and activations need some as well.
+TRAINING_SHARE = 0.7
+# Where training images are: in memory, decoded from the disk at each step, or as memory allows.
+IMAGES = ("auto", "memory", "stream")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -40,11 +47,15 @@ class Unreadable(Exception):
 
 @dataclasses.dataclass
 class Decoded:
-    """What decoding gave, by name: uint8 images (3, h, w), why a file is broken, and what was converted."""
+    """What decoding gave, by name: uint8 images (3, h, w), why a file is broken, what was converted, heights and widths.
+
+    Images that do not fit into memory have a size and no pixels: they are decoded anew where they are needed.
+    """
 
     images: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     broken: dict[str, str] = dataclasses.field(default_factory=dict)
     remarks: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -57,7 +68,7 @@ class Decoded:
         def part(whole: dict[str, T]) -> dict[str, T]:
             return {name: whole[name] for name in names if name in whole}
 
-        return Decoded(part(self.images), part(self.broken), part(self.remarks))
+        return Decoded(part(self.images), part(self.broken), part(self.remarks), part(self.sizes))
 
     def notes(self) -> list[str]:
         """One line for each kind of thing that happened."""
@@ -139,7 +150,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _training(item: Item, max_side: int) -> tuple[Tensor, set[str]]:
+def training_image(item: Item, max_side: int) -> tuple[Tensor, set[str]]:
+    """uint8 (3, h, w), shrunk if its shorter side is above `max_side`, and what was done to it.
+
+    Raises:
+        Unreadable: the file is missing, damaged, or not an image.
+    """
     image, done = open_rgb(item)
     if max(image.size) > LONGEST_RATIO * min(image.size):
         done.add(f"more than {LONGEST_RATIO} times longer than wide, cut to their middle")
@@ -152,30 +168,46 @@ def _training(item: Item, max_side: int) -> tuple[Tensor, set[str]]:
     return to_tensor(image), done
 
 
-def decode_training(items: Sequence[Item], max_side: int, into: Decoded, console: Console) -> None:
-    """Decode `items` that `into` does not hold yet, in parallel, and say first how much memory they will take."""
-    todo = [item for item in items if item.name not in into.images and item.name not in into.broken]
+def decode_training(items: Sequence[Item], max_side: int, into: Decoded, console: Console, where: str = "auto") -> None:
+    """Decode `items` that `into` does not hold yet, in parallel, and say first how much memory they will take.
+
+    Args:
+        where: "memory" keeps the pixels; "stream" only finds out sizes and broken files; "auto" keeps what fits.
+
+    Raises:
+        MemoryError: pixels that are to be kept do not fit.
+    """
+    known = into.images if where == "memory" else into.sizes
+    todo = [item for item in items if item.name not in known and item.name not in into.broken]
     if not todo:
         return
     expected = sum(_map(todo, lambda item: _pixels(item, max_side), None)) * 3
     free = available_memory()
-    console.print(f"keeping {len(todo)} training images as uint8: {_gib(expected)} of {_gib(free)} free memory")
-    if expected > free:
-        raise MemoryError(f"the training images take {_gib(expected)}, but {_gib(free)} of memory is free: lower --max-side")
+    keep = where == "memory" or (where == "auto" and expected <= TRAINING_SHARE * free)
+    verb = "keeping" if keep else "not keeping"
+    console.print(f"{verb} {len(todo)} training images as uint8: {gib(expected)} of {gib(free)} free memory")
+    if keep and expected > free:
+        raise MemoryError(
+            f"the training images take {gib(expected)}, but {gib(free)} of memory is free:"
+            " lower --max-side, or use --images stream"
+        )
 
-    def one(item: Item) -> tuple[Tensor, set[str]] | str:
+    def one(item: Item) -> tuple[Tensor | None, tuple[int, int], set[str]] | str:
         try:
-            return _training(item, max_side)
+            pixels, done = training_image(item, max_side)
         except Unreadable as error:
             return str(error)
+        return pixels if keep else None, (pixels.shape[1], pixels.shape[2]), done
 
     with bar(console) as progress:
         task = progress.add_task("decoding training images", total=len(todo))
         for item, result in zip(todo, _map(todo, one, lambda: progress.advance(task)), strict=True):
             if isinstance(result, str):
                 into.broken[item.name] = result
-            else:
-                into.images[item.name], into.remarks[item.name] = result
+                continue
+            pixels, into.sizes[item.name], into.remarks[item.name] = result
+            if pixels is not None:
+                into.images[item.name] = pixels
 
 
 def _pixels(item: Item, max_side: int) -> int:
@@ -225,7 +257,7 @@ class EvalImages:
 
     def _kept_now(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         where = "keeping" if self._keep else "not keeping"
-        self._console.print(f"{where} {len(self.items)} test images as uint8: {_gib(self._expected)}")
+        self._console.print(f"{where} {len(self.items)} test images as uint8: {gib(self._expected)}")
         good: list[Item] = []
         decoded = Decoded()
         with bar(self._console) as progress:
@@ -285,5 +317,6 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 34
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in words."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -1,19 +1,16 @@
-"""The training loop: batches in a seeded order, an objective, AdamW, a cosine schedule, checkpoints.
+"""The training loop: batches in a seeded order, an objective, AdamW, a cosine schedule; checkpoints, signals, the progress bar.
 
-What a step sees is a function of (seed, step): the order of an epoch of (seed, epoch), its crops of (seed, step). Only dropout
-draws from torch's own generator, whose state the checkpoint keeps. So a resumed run takes the steps an undisturbed one takes.
+What a step sees, dropout included, is a function of (seed, step) and of the weights before it. So a resumed run takes the steps
+an undisturbed one takes, bit for bit, and a checkpoint holds weights, moments and the step's number.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,66 +18,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .crops import Cropper, draw_boxes
+from .batches import Draws, Feed, Inputs
 from .distributed import ALONE, Ranks
+from .engines import Engine, TrainStep, build, choose
 from .errors import Interrupted, UserError
 from .models import trained_state
-from .objective import Batch, Objective, ZeroShotTerm
-from .optimizer import Average, parameter_groups
+from .objective import Objective, ZeroShotTerm
+from .optimizer import Average, adamw, capturable
+from .placement import TrainingSet
 from .recipe import Recipe
 from .runfolder import atomic
+from .signals import Signals
 
-__all__ = ["Loop", "Signals", "generator"]
+__all__ = ["Loop", "load_checkpoint", "set_training_mode"]
 
 READ_EVERY = 20
 # Without a terminal there is no bar: a line is printed this often, in seconds.
 LINE_EVERY = 30.0
-
-
-def generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A CPU generator for one purpose ("order", "crops") and one epoch or step of a run."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
-    # torch's CPU generator keeps 32 bits of a seed
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-class Signals(contextlib.AbstractContextManager["Signals"]):
-    """SIGTERM and SIGINT as Interrupted: at once, or, inside `deferred`, when the loop looks (a second one: at once).
-
-    Args:
-        how: how to go on, for the message.
-    """
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-        self.received: int | None = None
-        self._deferred = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let the block look at `received` itself."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._deferred and self.received is None:
-            self.received = number
-        else:
-            raise Interrupted(number, f"stopped; {self.how}")
 
 
 class Loop:
@@ -89,88 +43,106 @@ class Loop:
     Args:
         model: requires_grad marks what is trained.
         recipe: the hyper-parameters.
-        cropper: the training images.
-        labels: int64 (n,), their classes.
+        data: the training images and their classes.
         tokens: int64 (classes, length), the class prompts, on the device.
-        dtype: of autocast, or None for fp32.
-        flip: whether images are mirrored.
+        dtype: what the towers compute in, or None for fp32.
         ranks: the processes that share the work.
         term: added to the loss, or None.
+        engine: one of engines.ENGINES.
+        say: is told in a line what does not go as it was asked for.
     """
 
     def __init__(
         self,
         model: nn.Module,
         recipe: Recipe,
-        cropper: Cropper,
-        labels: Tensor,
+        data: TrainingSet,
         tokens: Tensor,
         dtype: torch.dtype | None,
-        flip: bool,
         ranks: Ranks = ALONE,
         term: ZeroShotTerm | None = None,
+        engine: str = "auto",
+        say: Callable[[str], None] = print,
     ) -> None:
-        self.model, self.recipe, self.cropper, self.ranks = model, recipe, cropper, ranks
-        self.flip, self.device = flip, tokens.device
-        self.labels = labels.to(self.device)
+        self.model, self.recipe, self.data, self.ranks = model, recipe, data, ranks
+        self.device, self._say = tokens.device, say
         self.step = 0
         self.seconds = 0.0
         self.history = torch.zeros(recipe.steps, 2)  # loss and accuracy of each step, on the CPU
-        self._recent = torch.zeros(READ_EVERY, 2, device=self.device)
-        self._order: tuple[int, Tensor] | None = None
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe),
-            lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True,
-        )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self.objective = Objective(model, tokens, dtype, ranks, term)
-        self.average = None
-        if recipe.average:
-            first = recipe.steps - max(1, round(recipe.average * recipe.steps)) + 1
-            self.average = Average(list(trained_state(model).values()), first)
+        set_training_mode(model, whole=recipe.method == "full")
+        self.engine, why = choose(engine, model, self.device, ranks)
+        if why:
+            say(f"{why}: going on with {self.engine}")
+        self.draws = Draws(recipe, data.store.sizes, data.flip, ranks, fill=self.engine != "eager")
+        self._feed = Feed(self.draws.largest, data.store.shape, self.device)
+        optimizer = adamw(model, recipe, self.device)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        objective = Objective(model, tokens, dtype, ranks, term)
+        rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], device=self.device)
+        self.average = Average(list(trained_state(model).values()), recipe.average, recipe.steps) if recipe.average else None
+        self._step = TrainStep(objective, optimizer, scaler, data, rates, ranks, self.average)
+        self._run: Engine | None = None
+        self._told = 0  # steps whose loss and accuracy are in `history`, or under way to it
+        self._under_way: tuple[slice, Tensor, torch.cuda.Event] | None = None
 
-    def batch(self, step: int) -> Batch:
-        """This rank's part of a step's batch; the last one of an epoch may be short."""
-        n, size = len(self.labels), self.recipe.batch_size
-        epoch, at = divmod(step, -(-n // size))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, torch.randperm(n, generator=generator(self.recipe.seed, "order", epoch))
-        index = self._order[1][at * size : (at + 1) * size]
-        draws = generator(self.recipe.seed, "crops", step)
-        boxes = draw_boxes(self.cropper.sizes[index], self.recipe.crop_scale, self.flip, draws)
-        mine = self.ranks.shard(len(index))
-        part = index[mine]
-        images = self.cropper(part, boxes[mine]) if len(part) else torch.empty(0, device=self.device)
-        labels = self.labels[part.to(self.device, non_blocking=True)]
-        return Batch(images, labels, torch.arange(len(index))[mine], len(index))
+    def inputs(self, step: int) -> Inputs:
+        """This rank's part of a step on the device, good until the next call; an epoch's last batch may be short."""
+        draw = self.draws(step)
+        # nothing of ours draws from torch's generators, but layers may that run alone, where the host's own method runs
+        torch.default_generator.manual_seed(draw.seed)
+        if self.device.type == "cuda":
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            torch.cuda.default_generators[index].manual_seed(draw.seed)
+        return self._feed(draw, self.data.store.fetch(draw))
 
     def train_step(self) -> None:
         """One optimizer step; nothing is read back from the device."""
-        loss, accuracy = self.objective(self.batch(self.step))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.ranks.sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["ratio"] * self.recipe.lr_at(self.step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._recent[self.step % READ_EVERY] = torch.stack([loss.detach(), accuracy])
+        if self._run is None:
+            self.data.store.begin(self.draws, self.step, self.recipe.steps)
+        inputs = self.inputs(self.step)
+        if self._run is None:
+            self.engine, self._run = build(self.engine, self._step, inputs, self._say)
+        self._run(inputs)
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
 
-    def read(self) -> tuple[float, float]:
-        """Fetch loss and accuracy of the steps since the last read into `history`; their means over the last READ_EVERY.
+    def read(self, wait: bool = True) -> tuple[float, float]:
+        """Fetch loss and accuracy of the steps taken into `history`; their means over the last READ_EVERY that are there.
+
+        Args:
+            wait: for the device. If not, what is asked for now is there at the next call, which hardly waits.
 
         Raises:
             UserError: the loss is not a number.
         """
-        start = (self.step - 1) // READ_EVERY * READ_EVERY
-        self.history[start : self.step] = self.ranks.sum(self._recent[: self.step - start]).cpu()
-        if not self.history[start : self.step, 0].isfinite().all():
-            raise UserError(f"the loss is not a number by step {self.step}: lower --lr, or use --precision fp32")
-        loss, accuracy = self.history[max(0, self.step - READ_EVERY) : self.step].mean(0).tolist()
+        self._arrive()
+        new = slice(self._told, self.step)
+        values = self.ranks.sum(self._step.history[new])
+        self._told = self.step
+        if self.device.type == "cuda":
+            there = torch.empty(values.shape, pin_memory=True)
+            there.copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._under_way = new, there, copied
+            if wait:
+                self._arrive()
+        else:
+            self._note(new, values)
+        known = self.step if self._under_way is None else self._under_way[0].start
+        loss, accuracy = self.history[max(0, known - READ_EVERY) : known].mean(0).tolist() if known else (math.nan, math.nan)
         return loss, accuracy
+
+    def _arrive(self) -> None:
+        if self._under_way is not None:
+            steps, values, copied = self._under_way
+            copied.synchronize()
+            self._under_way = None
+            self._note(steps, values)
+
+    def _note(self, steps: slice, values: Tensor) -> None:
+        self.history[steps] = values
+        if not values[:, 0].isfinite().all():
+            raise UserError(f"the loss is not a number by step {steps.stop}: lower --lr, or use --precision fp32")
 
     def run(self, console: Console, signals: Signals, checkpoint: Path, every_seconds: float, every_steps: int | None,
             extra: dict[str, Any], log: Any) -> None:  # fmt: skip
@@ -178,8 +150,19 @@ class Loop:
 
         Raises:
             Interrupted: a signal came; a checkpoint has been written.
+            UserError: the loss is not a number, an image can no longer be read, a worker that decodes images was killed.
         """
-        set_training_mode(self.model, whole=self.recipe.method == "full")
+        try:
+            self._train(console, signals, checkpoint, every_seconds, every_steps, extra, log)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):  # which torch's loader raises wherever the main thread is
+                raise
+            raise UserError(f"{' '.join(str(error).split())[:200]}: go on with --resume") from error
+        finally:
+            self.data.store.close()
+
+    def _train(self, console: Console, signals: Signals, checkpoint: Path, every_seconds: float, every_steps: int | None,
+               extra: dict[str, Any], log: Any) -> None:  # fmt: skip
         steps, started_at = self.recipe.steps, self.step
         begun = last_save = last_line = time.monotonic()
         before = self.seconds
@@ -197,7 +180,7 @@ class Loop:
                     look = self.step % READ_EVERY == 0
                     due, stop = (look and self.ranks.any(flag, self.device) for flag in (due, stop))
                 if self.step % READ_EVERY == 0 or self.step == steps or due or stop:
-                    loss, accuracy = self.read()
+                    loss, accuracy = self.read(wait=due or stop or self.step == steps)
                     stats = f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %"
                     stats += f"  {(self.step - started_at) / max(now - begun, 1e-9):.2f} steps/s"
                     progress.update(task, stats=stats)
@@ -227,11 +210,9 @@ class Loop:
             "seconds": self.seconds,
             "history": self.history,
             "trained": {name: p.detach() for name, p in trained_state(self.model).items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self._step.optimizer.state_dict(),
+            "scaler": self._step.scaler.state_dict(),
             "average": None if self.average is None else self.average.mean,
-            "cpu_generator": torch.get_rng_state(),
-            "cuda_generators": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "extra": extra,
         }
         with atomic(path) as temporary:
@@ -245,16 +226,15 @@ class Loop:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._step.optimizer.load_state_dict(state["optimizer"])
+        capturable(self._step.optimizer, self.device)
+        self._step.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             torch._foreach_copy_(self.average.mean, [mean.to(self.device) for mean in state["average"]])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        first = self.step // READ_EVERY * READ_EVERY
-        self._recent[: self.step - first] = self.history[first : self.step].to(self.device)
-        torch.set_rng_state(state["cpu_generator"])
-        if state["cuda_generators"]:
-            torch.cuda.set_rng_state_all(state["cuda_generators"])
+        self._told = self.step
+        self._step.counter.fill_(self.step)
+        self._run = None  # a captured step would go on with the moments that were there before
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

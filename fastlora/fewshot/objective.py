@@ -25,13 +25,17 @@ class Batch:
         images: normalised crops, fp32 (n, 3, s, s).
         labels: int64 (n,).
         ids: int64 (n,), the place of each image in the whole batch; keys its dropout masks.
-        size: images in the whole batch.
+        counts: bool (n,), False for repeats that only fill a short batch up.
+        size: int64 (), images in the whole batch that count.
+        seed: int64 (), keys the dropout of the step, the same on all ranks.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
-    size: int
+    counts: Tensor
+    size: Tensor
+    seed: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +101,16 @@ class Objective:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """This rank's share of the mean loss and of the right answers of a batch, fp32, both on the device."""
-        # drawn by every rank at every step, whatever its part of the batch, so that all go on drawing the same
-        text_seed, image_seed = torch.randint(2**63 - 1, (2,), device=self.device)
         with autocast(self.device, self.dtype):
-            text = self._prompts(text_seed)
+            text = self._prompts(batch.seed)
             # a rank may get nothing of an epoch's last, short batch
-            image = self._images(batch.images, image_seed, ids=batch.ids) if len(batch.ids) else text[:0]
+            image = self._images(batch.images, batch.seed, ids=batch.ids) if len(batch.ids) else text[:0]
             image = F.normalize(image.float(), dim=-1)
             text = self.ranks.gather(class_features(text, self._mine), self.classes)
             targets = self.term.targets(batch.images) if self.term is not None and len(batch.ids) else None
         logits = class_logits(self.model, image, text)
-        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
         if self.term is not None and targets is not None:
-            loss = loss + self.term(logits, targets)
-        loss = loss.sum() / batch.size
-        return loss, (logits.argmax(1) == batch.labels).sum() / batch.size
+            losses = losses + self.term(logits, targets)
+        right = logits.argmax(1) == batch.labels
+        return (losses * batch.counts).sum() / batch.size, (right & batch.counts).sum() / batch.size

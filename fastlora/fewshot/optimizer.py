@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .models import trained_state
 from .recipe import Recipe
 
-__all__ = ["Average", "parameter_groups"]
+__all__ = ["Average", "adamw", "capturable", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -28,6 +28,21 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"params": rest, "ratio": 1.0}, {"params": b, "ratio": recipe.lr_ratio}]
 
 
+def adamw(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
+    """AdamW that a CUDA graph can capture: one fused kernel, step count and learning rates on the device."""
+    groups = parameter_groups(model, recipe)
+    rate = torch.zeros((), device=device)  # TrainStep sets it at each step
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    return capturable(optimizer, device)
+
+
+def capturable(optimizer: torch.optim.AdamW, device: torch.device) -> torch.optim.AdamW:
+    """Put `optimizer` into the form that `adamw` gives it; loading a state undoes that."""
+    for group in optimizer.param_groups:
+        group["lr"], group["capturable"] = torch.zeros((), device=device), device.type == "cuda"
+    return optimizer
+
+
 class Average:
     """The mean of weights over the last steps of a run.
 
@@ -35,18 +50,23 @@ class Average:
 
     Args:
         parameters: what is averaged.
-        first: the first step, from 1, whose weights count.
+        share: of the run's steps, the last ones; one step at least.
+        steps: of the whole run.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], first: int) -> None:
-        self.parameters, self.first = list(parameters), first
+    def __init__(self, parameters: Sequence[Tensor], share: float, steps: int) -> None:
+        self.parameters = list(parameters)
         self.mean = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        taken = torch.arange(steps) - (steps - max(1, round(share * steps)))
+        # the k-th step that counts moves the mean by 1/k of the way to its weights, those before by nothing
+        self.weights = torch.where(taken < 0, 0.0, 1 / (taken + 1).clamp(min=1)).to(self.mean[0].device)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step`; nothing is read from the device."""
-        if step >= self.first:
-            torch._foreach_lerp_(self.mean, self.parameters, 1 / (step - self.first + 1))
+    def update(self, step: Tensor) -> None:
+        """Take in the weights after step 0, 1, … (int64 (1,), on the device); nothing is read from the device."""
+        difference = torch._foreach_sub(self.parameters, self.mean)
+        torch._foreach_mul_(difference, self.weights.index_select(0, step)[0])
+        torch._foreach_add_(self.mean, difference)
 
     @torch.no_grad()
     def apply(self) -> None:

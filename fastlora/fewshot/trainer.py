@@ -18,20 +18,23 @@ from torch import Tensor
 from .. import checkpoint as adapters
 from ..patch import patch
 from . import datasets, memory, models, report, sampling, summary
-from .crops import Cropper, Normalise
+from .crops import Normalise
 from .distributed import Ranks
+from .engines import ENGINES
 from .errors import UserError
 from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
 from .halves import base_and_new
-from .images import Decoded, EvalImages, decode_training
-from .loop import Loop, Signals, load_checkpoint
+from .images import IMAGES, Decoded, EvalImages, decode_training
+from .loop import Loop, load_checkpoint
 from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
 from .objective import ZeroShotTerm, frozen_twin
+from .placement import TrainingSet, training_set
 from .recipe import Recipe, one_or_all, templates
 from .result import Result
 from .runfolder import RunFolder, atomic, identity, write_json
 from .shared import Shared
+from .signals import Signals
 
 __all__ = ["NEW", "TEST", "Job", "Prepared", "choose_device", "choose_dtype", "prepare", "run"]
 
@@ -54,8 +57,13 @@ class Job:
         resume: go on with the run in `out`.
         checkpoint_seconds, checkpoint_steps: a checkpoint this often, whichever comes first.
         again: the command that resumes the run.
+        engine: how steps are carried out, one of engines.ENGINES.
+        images: where training images are, one of images.IMAGES.
         brief: leave no report.html, no TensorBoard log and no fully trained model behind.
         also: other data sets, as `datasets.load` takes them, to test before and after: what does the model forget?
+
+    Raises:
+        ValueError: an unknown engine, or place for images.
     """
 
     recipe: Recipe
@@ -67,6 +75,8 @@ class Job:
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int | None = None
     again: str = "the same call with resume=True"
+    engine: str = "auto"
+    images: str = "auto"
     brief: bool = False
     also: tuple[str, ...] = ()
 
@@ -75,6 +85,9 @@ class Job:
             raise UserError(f"--also: {self.recipe.method} tells only the classes it was trained on: leave --also out")
         if twice := next((data for i, data in enumerate(self.also) if data in (self.data, *self.also[:i])), None):
             raise UserError(f"--also {twice} is tested anyway: name other data sets, each once")
+        for name, value, known in (("engine", self.engine, ENGINES), ("images", self.images, IMAGES)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
 
 
 @dataclasses.dataclass
@@ -92,10 +105,9 @@ class Prepared:
         """Prompts, class by class, one for each template."""
         return [template.format(name) for name in self.dataset.classes for template in self.templates]
 
-    def training(self) -> tuple[list[Tensor], Tensor]:
-        """uint8 images (3, h, w) and labels, int64 (n,)."""
-        items = self.shots.train
-        return [self.decoded.images[item.name] for item in items], torch.tensor([item.label for item in items])
+    def training_set(self, recipe: Recipe, loaded: models.LoadedModel, device: torch.device, console: Console) -> TrainingSet:
+        """What is trained on, where `device` gets it fastest."""
+        return training_set(self.shots.train, self.decoded, recipe.max_side, loaded, device, self.flip, console)
 
     def notes(self) -> list[str]:
         """What was left out, shrunk or converted: one line each."""
@@ -135,7 +147,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
         begun = time.monotonic()
         loaded = lent.enter_context(shared.model(recipe.model, recipe.pretrained, device, recipe.method == "full"))
-        data = prepare(dataset, recipe, loaded.size, console, shared, whole)
+        data = prepare(dataset, recipe, loaded.size, console, shared, whole, job.images)
         timings = {"load model, decode training images": time.monotonic() - begun}
         folder.create()
         setting = {
@@ -225,6 +237,7 @@ def prepare(
     console: Console,
     shared: Shared,
     whole: datasets.Dataset | None = None,
+    images: str = "auto",
 ) -> Prepared:
     """Draw the shots and decode them; a broken image is replaced by another of its class where there is one.
 
@@ -248,7 +261,8 @@ def prepare(
         wanted = [*shots.train, *shots.val] if recipe.uses_frozen_features else shots.train
         if not needs_images:
             break
-        decode_training(wanted, recipe.max_side, decoded, console)
+        # methods on frozen features take crops of all images at once
+        decode_training(wanted, recipe.max_side, decoded, console, images if recipe.trains else "memory")
         found = {item.name for item in wanted if item.name in decoded.broken}
         if not found:
             break
@@ -317,13 +331,11 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
     details["trainable_parameters"] = trainable
     # the checkpoint and its successor, each with parameters and AdamW's two moments, and the result
     folder.check_space(7 * 4 * trainable)
-    images, labels = data.training()
-    cropper = Cropper(images, loaded.size, loaded.mean, loaded.std, tokens.device)
-    loop = Loop(model, recipe, cropper, labels, tokens, dtype, data.flip, ranks, term)
+    trained = data.training_set(recipe, loaded, tokens.device, console)
+    loop = Loop(model, recipe, trained, tokens, dtype, ranks, term, job.engine, console.print)
     if state is not None:
         loop.restore(state)
-    zero_shot = {name: {"labels": r.labels, "predicted": r.predicted, "confidence": r.confidence} for name, r in before.items()}
-    extra = {"split": split, "zero_shot": zero_shot}
+    extra = {"split": split, "zero_shot": {name: result.tensors() for name, result in before.items()}}
     with _NoLog() if job.brief else _log(folder.log, loop.step) as log:
         log.add_scalar("test/accuracy", before[TEST].accuracy, 0)
         every = job.checkpoint_seconds, job.checkpoint_steps
@@ -368,12 +380,12 @@ def _frozen(loaded: models.LoadedModel, data: Prepared, tokens: Tensor, test: tu
     """What the methods on frozen features are given."""
 
     def centre(items: tuple[datasets.Item, ...]) -> tuple[Tensor, Tensor]:
-        kept = [item for item in items if item.name in data.decoded.images]
+        kept = [item for item in items if item.name not in data.decoded.broken]
         return image_features(loaded.model, EvalImages(kept, loaded.size, console), normalise, dtype, console, "features")
 
     with torch.no_grad(), autocast(tokens.device, dtype):
         text = encode_prompts(loaded.model, tokens)
-    images, _ = data.training()
+    images = [data.decoded.images[item.name] for item in data.shots.train]
     crops = partial(views, loaded.model, images, recipe, loaded.size, data.flip, normalise, dtype)
     scale = float(loaded.model.logit_scale.detach().exp())
     shots = data.shots
@@ -417,6 +429,7 @@ def _finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, R
         metrics["training"] = {
             "steps": loop.step,
             "seconds": round(loop.seconds, 3),
+            "engine": loop.engine,
             "steps_per_second": loop.step / max(loop.seconds, 1e-9),
             "final_loss": float(loop.history[-1, 0]),
             "trainable_parameters": details.pop("trainable_parameters"),

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import models
 from ..errors import UserError
-from ..loop import Signals
 from ..shared import Shared
+from ..signals import Signals
 from ..trainer import choose_device, choose_dtype
 from .execute import Place, execute, locate, locked
 from .grid import Grid, Run
