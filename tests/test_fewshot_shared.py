@@ -38,7 +38,7 @@ def run(model: str, data: Path, out: Path, shared: Shared, brief: bool = True, *
 
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Everything that must not depend on what ran before."""
+    """Everything that must not depend on what ran before: no times, no peaks of a process."""
     metrics = json.loads(json.dumps(metrics))
     for name in ("seconds", "steps_per_second"):
         metrics.get("training", {}).pop(name, None)

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from fastlora.fewshot.errors import Interrupted, UserError
 from fastlora.fewshot.loop import Loop
 from fastlora.fewshot.shared import Shared
-from fastlora.fewshot.sweep import results, runner, tables
+from fastlora.fewshot.sweep import render, results, runner, tables
 from fastlora.fewshot.sweep.execute import BUSY, Place, execute, locked
 from fastlora.fewshot.sweep.grid import Grid, parse
 from pictures import command, make_folder, tiny_clip
 
 QUIET = Console(quiet=True)
-VOLATILE = ("seconds", "train_seconds", "steps_per_second", "date")
+VOLATILE = ("seconds", "train_seconds", "steps_per_second", "memory", "date")
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,41 @@ def test_tables_are_means_over_seeds_beside_the_papers(undisturbed: tuple[Path, 
     assert tables.paper()[16]["caltech101"] == 96.4 and tables.paper("ViT-L/14")[1]["eurosat"] == 73.7
     known = tables.by_shots([row | {"data": "caltech101"} for row in rows])
     assert known.rows[-1] == ("caltech101", "the paper, ViT-B-16", "93.7", "94.6")
+
+
+def test_a_run_in_two_variants_is_carried_out_once(model: str, folder: Path, tmp_path: Path) -> None:
+    variants = {"rank": {"rank": [1, 2]}, "layers": {"layers": ["all", "0"], "rank": 2}}
+    grid = parse(values(model, folder, shots=1, seeds=1, variants=variants))
+    rows = runner.sweep(grid, Place(tmp_path / "out", grid.roots, "cpu"), QUIET)
+    assert [(row["variant"], *row["axes"].values()) for row in rows] == [
+        ("rank", "1"), ("rank", "2"), ("layers", "all"), ("layers", "0"),
+    ]  # fmt: skip
+    assert rows[1]["run"] == rows[2]["run"] and len(list((tmp_path / "out").glob("*/metrics.json"))) == 3
+    assert rows == runner.finished(grid, Place(tmp_path / "out", grid.roots, "cpu"))
+
+
+def test_page_and_figures(undisturbed: tuple[Path, list[dict[str, Any]]], tmp_path: Path, capsys: Any) -> None:
+    rows = [row | {"data": data, "generated": data == "dtd"} for data in ("dtd", "eurosat", "<pets>") for row in undisturbed[1]]
+    for out in (tmp_path / "a", tmp_path / "b"):
+        out.mkdir()
+        render.render(rows, "A & B", out, Console(width=200))
+    page = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
+    for piece in (
+        "A &amp; B",
+        "dtd (generated)",
+        "&lt;pets&gt;",
+        "the paper, ViT-B-16",
+        "72.3",
+        "arXiv 2405.18541",
+        "39 runs",
+    ):
+        assert piece in page, piece
+    assert "no measure of anything but the machinery: dtd" in page and "<pets>" not in page and "http://" not in page
+    said = capsys.readouterr().out
+    assert "dtd (generated)" in said and "zero-shot" in said
+    pictures = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
+    assert pictures == ["options-1.png", "shots.png"] and page.count("data:image/png") == 2
+    for name in pictures:
+        with Image.open(tmp_path / "a" / name) as picture:
+            assert picture.width > 800 and len(set(picture.convert("L").tobytes())) > 50  # something is drawn
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

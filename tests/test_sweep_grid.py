@@ -110,7 +110,7 @@ MISTAKES = [
     ("", "holds no mapping"),
     ("dta: digits", "unknown option 'dta': did you mean data?"),
     ("data: digits\nrnak: 2", "unknown option 'rnak': did you mean rank?"),
-    ("data: digits\nlearning_rate: 1", "unknown option 'learning_rate': known are title, data"),
+    ("data: digits\nzzz: 1", "unknown option 'zzz': known are title, data"),
     ("shots: 1", "data is missing"),
     ("data: digits\nshots: [1, x]", "shots must be whole numbers of at least 1, got 'x'"),
     ("data: digits\nshots: [0]", "shots must be whole numbers of at least 1, got 0"),

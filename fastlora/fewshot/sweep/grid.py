@@ -29,7 +29,7 @@ import yaml
 from ..errors import UserError
 from ..recipe import Recipe
 from ..runfolder import identity
-from .options import OPTIONS, closest, is_tuple, recipe_of, value_of
+from .options import OPTIONS, SENTENCES, closest, is_tuple, recipe_of, value_of
 
 __all__ = ["PRESETS", "Grid", "Run", "from_flags", "listed", "parse", "preset", "read"]
 
@@ -61,7 +61,7 @@ class Run:
         Options at their default are left out of the hash: an option that a later version adds does not make a run new.
         """
         values, defaults = _flat(identity(self.recipe, self.data)), _flat(identity(Recipe(), ""))
-        said = json.dumps({key: value for key, value in values.items() if value != defaults[key]}, sort_keys=True)
+        said = json.dumps({key: value for key, value in values.items() if value != defaults.get(key)}, sort_keys=True)
         digest = hashlib.blake2b(said.encode(), digest_size=4).hexdigest()
         data = "".join(c if c.isalnum() or c in "-_" else "_" for c in self.data.rstrip("/").rpartition("/")[2])
         return f"{data}-{self.recipe.method}-{self.recipe.shots}shots-seed{self.recipe.seed}-{digest}"
@@ -75,7 +75,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The runs of a grid in the order in which they are done, where their data are, and a title."""
+    """The runs of a grid in the order in which they are done, where their data are, and a title.
+
+    A run that stands in several variants is in `runs` once for each, under one name, and is carried out once.
+    """
 
     runs: tuple[Run, ...]
     roots: tuple[Path, ...] = (Path("data"),)
@@ -141,11 +144,11 @@ def _parse(values: dict[str, Any]) -> Grid:
     if not isinstance(variants, dict) or not variants:
         raise UserError("variants must be named sets of options, for example variants: {LoRA: {method: lora}}")
     common = {name: value for name, value in values.items() if name in OPTIONS}
-    runs: dict[str, Run] = {}
+    runs: dict[tuple[str, str], Run] = {}
     for one in data:
         for variant, options in variants.items():
             for run in _variant(one, str(variant), common, options, shots, seeds):
-                runs.setdefault(run.name, run)  # a probe is the same whatever the rank
+                runs.setdefault((run.variant, run.name), run)  # a probe is the same whatever the rank
     roots = tuple(Path(str(root)) for root in _list(values.get("root", "data")))
     return Grid(tuple(runs.values()), roots, str(values.get("title", Grid.title)))
 
@@ -185,7 +188,7 @@ def _list(value: Any) -> list[Any]:
 
 def _by_shots(name: str, value: Any, shots: list[int]) -> dict[int, Any]:
     """One value of an option for each number of shots."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or name == "rank_pattern":
         return dict.fromkeys(shots, value_of(name, value))
     if missing := [count for count in shots if count not in value]:
         raise UserError(f"{name} has no value for {missing[0]} shots: it gives {', '.join(map(str, value))}")
@@ -240,8 +243,7 @@ def from_flags(arguments: list[str]) -> tuple[Path | None, dict[str, Any]]:
             if not left or left[0].startswith("--"):
                 raise UserError(f"{flag} needs a value")
             value = left.pop(0)
-        # a template is a sentence, targets a tuple: their commas are their own
-        values.setdefault(name, []).extend([value] if is_tuple(name) or name == "template" else value.split(","))
+        values.setdefault(name, []).extend([value] if is_tuple(name) or name in SENTENCES else value.split(","))
     return grid, {name: parts[0] if len(parts) == 1 else parts for name, parts in values.items()}
 
 

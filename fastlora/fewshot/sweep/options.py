@@ -21,6 +21,8 @@ _LORA = {f.name: f for f in dataclasses.fields(LoRAConfig) if f.name != "backend
 _HINTS = typing.get_type_hints(Recipe) | typing.get_type_hints(LoRAConfig)
 # Every option but shots and seed, which are axes of every grid.
 OPTIONS: tuple[str, ...] = (*_RECIPE, *_LORA)
+# Their commas and spaces are their own.
+SENTENCES = ("template",)
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -31,8 +33,8 @@ def closest(name: str, known: Collection[str], before: str = "") -> str:
 
 
 def is_tuple(name: str) -> bool:
-    """Whether one value of the option consists of several parts: "q,k,v"."""
-    return any(typing.get_origin(kind) is tuple for kind in _kinds(name))
+    """Whether one value of the option, as text, may consist of several parts: "q,k,v"."""
+    return name not in SENTENCES and not all(_is_single(kind) for kind in _kinds(name))
 
 
 def value_of(name: str, given: Any) -> Any:
@@ -45,7 +47,7 @@ def value_of(name: str, given: Any) -> Any:
     if type(None) in kinds and (given is None or (isinstance(given, str) and given.lower() == "none")):
         return None
     for kind in kinds:
-        if kind is type(None):
+        if kind is type(None) or (name in SENTENCES and isinstance(given, str) and kind is not str):
             continue
         try:
             return _read(kind, given)
@@ -66,15 +68,19 @@ def recipe_of(options: dict[str, Any], shots: int, seed: int) -> Recipe:
         values["pretrained"] = None  # it has weights of its own
     recipe = Recipe(shots=shots, seed=seed, lora=lora, **values)
     plain: dict[str, Any] = {} if recipe.method == "lora" else {"lora": LoRAConfig()}
-    if recipe.method in ("zero-shot", "linear-probe"):
+    if not recipe.trains:
         plain |= {"iterations": None, "lr": None, "batch_size": Recipe.batch_size}
     return dataclasses.replace(recipe, **plain)
 
 
 def _kinds(name: str) -> tuple[Any, ...]:
-    hint = _HINTS[name]
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return tuple(sorted(kinds, key=lambda kind: typing.get_origin(kind) is not tuple))  # "0,1" is block numbers before a word
+    hint: Any = _HINTS[name]
+    kinds: tuple[Any, ...] = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return tuple(sorted(kinds, key=_is_single))  # "0,1" is block numbers before it is a word
+
+
+def _is_single(kind: Any) -> bool:
+    return typing.get_origin(kind) is not tuple
 
 
 def _read(kind: Any, given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One row a run, from its metrics.json: the run folders are the truth, rows.jsonl, rows.csv and rows.parquet follow them.
+"""One row a run (and variant it stands in), from its metrics.json: run folders are the truth, rows.* follow them.
 
 So a row is there exactly once, whenever and however often a sweep was stopped.
 """
@@ -34,13 +34,14 @@ def row_of(run: Run, out: Path) -> dict[str, Any] | None:
         return None
     recipe = run.recipe.to_dict()
     options = {**{k: v for k, v in recipe.items() if k != "lora"}, **recipe["lora"]}
-    row = {"data": run.data, "variant": run.variant or run.label, "axes": dict(run.axes)}
+    row: dict[str, Any] = {"data": run.data, "variant": run.variant or run.label, "axes": dict(run.axes)}
     row |= {name: options.pop(name) for name in ("method", "shots", "seed")}
     row |= {name: value for name, value in metrics.items() if name not in LEFT_OUT and _plain(value)}
     row |= {name: value for name, value in metrics.get("training", {}).items() if name != "seconds" and _plain(value)}
     row["train_seconds"] = metrics.get("training", {}).get("seconds", 0.0)
     row["seconds"] = round(sum(metrics.get("timings", {}).values()), 3)
     row["generated"] = any("generated images" in note for note in metrics.get("notes", ()))
+    row["memory"] = max(metrics.get("memory", {}).values(), default=None)  # bytes; of the process, or of the GPU
     row |= {name: _text(value) for name, value in options.items()}
     row["date"] = datetime.date.fromtimestamp(metrics_file.stat().st_mtime).isoformat()
     return row | metrics.get("environment", {}) | {"run": run.name}

@@ -18,6 +18,7 @@ from ..trainer import choose_device, choose_dtype
 from .execute import Place, execute, locate, locked
 from .grid import Grid, Run
 from .results import row_of, write_rows
+from .tables import series
 
 __all__ = ["Engine", "check", "finished", "local", "sweep"]
 
@@ -71,11 +72,13 @@ def sweep(grid: Grid, place: Place, console: Console, engine: Engine | None = No
     with Signals(f"go on with: {place.again}"), locked(place.out / ".lock") as free:
         if not free:
             raise UserError(f"another sweep is at work in {place.out}: wait for it, or choose another --out")
-        rows = {run.name: row for run in grid.runs if (row := row_of(run, place.out)) is not None}
-        todo = [run for run in grid.runs if run.name not in rows]
-        console.print(f"{len(grid.runs)} runs, {len(rows)} done before, {len(todo)} to do", highlight=False)
+        named = series(grid.runs, lambda run: run.name)
+        done = {name for name, same in named.items() if row_of(same[0], place.out) is not None}
+        todo = [same[0] for name, same in named.items() if name not in done]
+        console.print(f"{len(named)} runs, {len(done)} done before, {len(todo)} to do", highlight=False)
+        rows = _Rows(grid, place)
         failed: dict[str, str] = {}
-        with _Progress(console, len(grid.runs), len(rows)) as progress:
+        with _Progress(console, len(named), len(done)) as progress:
             outcomes = engine(todo, place) if engine is not None else local(todo, place, shared)
             with contextlib.closing(outcomes):  # type: ignore[type-var]  # engines are generators
                 for run, error in outcomes:
@@ -83,27 +86,39 @@ def sweep(grid: Grid, place: Place, console: Console, engine: Engine | None = No
                     if row is None:
                         failed[run.name] = error or "it left no metrics.json"
                     else:
-                        rows[run.name] = row
-                        write_rows(place.out, _ordered(grid, rows))
+                        rows.take(named[run.name])
+                        write_rows(place.out, rows.all())
                     progress.tell(run, row, failed.get(run.name))
-        done = _ordered(grid, rows)
-        write_rows(place.out, done)
+        write_rows(place.out, rows.all())
     if failed:
         name, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(grid.runs)} runs failed, the first is {name}: {reason}")
-    return done
+        raise UserError(f"{len(failed)} of {len(named)} runs failed, the first is {name}: {reason}")
+    return rows.all()
 
 
 def finished(grid: Grid, place: Place) -> list[dict[str, Any]]:
     """The rows of the runs that are done in `place.out`, in the order of the grid."""
-    rows = {run.name: row for run in grid.runs if (row := row_of(run, place.out)) is not None}
+    rows = _Rows(grid, place).all()
     if not rows:
         raise UserError(f"no run of this grid is finished in {place.out}")
-    return _ordered(grid, rows)
+    return rows
 
 
-def _ordered(grid: Grid, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [rows[run.name] for run in grid.runs if run.name in rows]
+class _Rows:
+    """The rows of what is done, in the order of the grid."""
+
+    def __init__(self, grid: Grid, place: Place) -> None:
+        self._grid, self._place = grid, place
+        self._rows: dict[Run, dict[str, Any]] = {}
+        self.take(grid.runs)
+
+    def take(self, runs: Sequence[Run]) -> None:
+        """Read the rows of those of `runs` that are done."""
+        self._rows |= {run: row for run in runs if (row := row_of(run, self._place.out)) is not None}
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every row known."""
+        return [self._rows[run] for run in self._grid.runs if run in self._rows]
 
 
 class _Progress:

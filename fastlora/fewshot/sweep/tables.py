@@ -7,14 +7,15 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Table", "cell", "markdown", "paper", "series", "tables"]
+__all__ = ["Table", "cell", "markdown", "paper", "series", "source", "tables"]
 
 PAPER = Path(__file__).parent / "paper.json"
 # Columns of the paper's tables; its other backbones are in paper.json too.
 PAPER_BACKBONE = "ViT-B-16"
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ def paper(model: str = PAPER_BACKBONE) -> dict[int, dict[str, float]]:
     return {int(shots): row for shots, row in accuracy.get(paper_model(model), {}).items()}
 
 
+def source() -> str:
+    """Where the paper's figures are from."""
+    return json.loads(PAPER.read_text(encoding="utf-8"))["source"]
+
+
 def paper_model(model: str) -> str:
     """The backbone of the paper that is shown beside `model`."""
     name = model.replace("/", "-")
@@ -47,9 +53,9 @@ def cell(values: Sequence[float], expected: int) -> str:
     return f"{statistics.mean(values):.1f}{spread}{missing}"
 
 
-def series(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+def series(rows: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     """Rows by key, in order of first appearance."""
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
