@@ -23,9 +23,15 @@ def _triton_missing() -> str | None:
     return _look_for_triton()
 
 
-# What is installed does not change: nothing here for torch.compile to trace. This is what torch.compiler.assume_constant_result
-# sets, without its import of torch._dynamo, a second at every `import fastlora`.
+def _measurements(device: torch.device, precision: tiles.Precision, rank: int, dropout: bool) -> tuple[tiles.Measured, ...]:
+    """What was measured for a class of calls, fewest rows first; empty where nothing was."""
+    return tiles.row_of(tiles.Call(tiles.architecture(device), precision, tiles.padded_rank(rank), dropout)).measured
+
+
+# What is installed, and what the table says, does not change: nothing here for torch.compile to trace. This is what
+# torch.compiler.assume_constant_result sets, without its import of torch._dynamo, a second at every `import fastlora`.
 _triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_measurements._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -53,17 +59,24 @@ def _refusal(x: Tensor, rank: int) -> str | None:
     return None
 
 
-def _worse(x: Tensor) -> str | None:
+def _worse(x: Tensor, rank: int, dropout: bool) -> str | None:
     """Why "eager" is the better choice where "triton" could run, or None."""
     if x.device.type != "cuda":
         return "Triton's interpreter is for tests"
-    if tiles.precision_of(x.dtype) == "ieee":
+    precision = tiles.precision_of(x.dtype)
+    if precision == "ieee":
         return "float32 without tf32 runs on cuBLAS' plain units"
+    if points := _measurements(x.device, precision, rank, dropout):
+        # the largest measured that is not larger than the call, else the smallest
+        rows = x.numel() // max(x.shape[-1], 1)
+        point = next((p for p in reversed(points) if p.rows <= rows), points[0])
+        if point.eager < point.triton:
+            return f"measured faster: {point.eager:g} against {point.triton:g} µs at {point.rows} rows on {point.gpu}"
     return None
 
 
-def choose(x: Tensor, rank: int, forced: str | None = None) -> tuple[str, str]:
-    """The backend for input x and a rank, and the reason in a few words.
+def choose(x: Tensor, rank: int, dropout: bool = False, forced: str | None = None) -> tuple[str, str]:
+    """The backend for input x (..., K), a rank, and dropout on or off, and the reason in a few words.
 
     Args:
         forced: "triton", "eager" or "reference" to have exactly that one.
@@ -75,7 +88,7 @@ def choose(x: Tensor, rank: int, forced: str | None = None) -> tuple[str, str]:
         if forced == "triton" and (refusal := _refusal(x, rank)) is not None:
             raise RuntimeError(f"backend 'triton' cannot run here: {refusal}; use backend='eager' or None")
         return forced, "asked for"
-    reason = _refusal(x, rank) or _worse(x)
+    reason = _refusal(x, rank) or _worse(x, rank, dropout)
     backend = "triton" if reason is None else "eager"
     reason = reason or "a GPU and Triton are there"
     if not torch.compiler.is_compiling():
@@ -91,4 +104,4 @@ def _log_once(backend: str, reason: str) -> None:
 def describe() -> dict[str, str]:
     """For each kind of device here the backend that half-precision calls get, with the reason; as `fastlora info` prints."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return {d: "{}: {}".format(*choose(torch.empty(0, dtype=torch.bfloat16, device=d), 2)) for d in devices}
+    return {d: "{}: {}".format(*choose(torch.empty(0, 1, dtype=torch.bfloat16, device=d), 2)) for d in devices}

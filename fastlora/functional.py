@@ -81,7 +81,7 @@ def lora_linear(
     rows = _check_rows(rows, m, x.device)
     seed = seed_tensor(seed, x.device) if rng.drop_rate(dropout) > 0 else None
     spec = OpSpec(float(scale), float(dropout), int(site), groups, active)
-    chosen, _ = backends.choose(x, lora_a.shape[1], backend)
+    chosen, _ = backends.choose(x, lora_a.shape[1], seed is not None, backend)
     flat = x.reshape(m, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if chosen == "reference":

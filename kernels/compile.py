@@ -1,9 +1,10 @@
 """Compiles every kernel of the tile table for sm_80, sm_90 and sm_100, without a GPU: `make kernels`.
 
-    python -m fastlora.kernels.compile [--arch 90] [--precision half] [--rank 16]
+    python -m fastlora.kernels.compile [--arch 90] [--precision half] [--rank 16] [--rows FILE]
 
 The launchers run on "meta" tensors under `launch.recording`, so what is compiled is what is launched. A row of the printed
-table is one kernel in one configuration; the exit status is 1 where one breaks the rules of `Report.problems`.
+table is one kernel in one configuration; the exit status is 1 where one breaks the rules of `Report.problems`. What was
+compiled once is read back from a folder beside Triton's own cache, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.config import OpSpec
 
-from . import lora_linear, tiles
+from . import lora_linear, machine_code, tiles
 from .launch import Launch, recording
+from .machine_code import Report
 
-__all__ = ["Config", "Report", "compile_launch", "configurations", "launches"]
+__all__ = ["Config", "Job", "compile_launch", "configurations", "jobs", "launches"]
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-# Shared memory one program may have, in bytes: CUDA C++ Programming Guide, technical specifications per compute capability.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# More than this without a measured time is refused: a few spilled addresses outside of the loops cost nothing, tiles do.
-STACK_LIMIT = 64
-# A compiled loop: from a label to a branch back to it. MMA: mma.sync, wgmma, tcgen05.
-MMA = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,48 +54,13 @@ class Config:
         return f"sm_{c.arch} {str(self.dtype).split('.')[1]} {c.precision} r{c.rank} p={0.25 if c.dropout else 0.0}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the compiler made of one launch. Bytes for stack and shared memory, seconds for compiling."""
-
-    config: str
-    kernel: str
-    tile: str
-    arch: int
-    registers: int
-    stack: int
-    shared: int
-    mma: int
-    wgmma: int
-    seconds: float
-    spills_in_loops: int
-    serialised: str
-    uses_tensor_cores: bool
-    measured: bool
-
-    def problems(self) -> list[str]:
-        """Why this configuration must not be used; empty where it may."""
-        found = []
-        if self.spills_in_loops:
-            found.append(f"{self.spills_in_loops} local loads or stores inside an MMA loop")
-        if self.serialised:
-            found.append(self.serialised)
-        if self.shared > SHARED_LIMIT[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_LIMIT[self.arch]}")
-        if self.uses_tensor_cores and not self.mma:
-            found.append("tensor cores lost")
-        if self.stack > STACK_LIMIT and not self.measured:
-            found.append(f"{self.stack} bytes of stack and no measured time")
-        return found
-
-
 def configurations(archs: tuple[int, ...] = tiles.ARCHITECTURES) -> list[Config]:
     """One Config for each row of the tile table."""
     dtypes: dict[tiles.Precision, torch.dtype] = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
     return [
         Config(tiles.Call(arch, precision, rank, dropout), dtypes[precision])
         for arch, precision, rank, dropout in itertools.product(archs, dtypes, (16, 32, 64, 128), (False, True))
-        if rank <= {"half": 128, "tf32": 64, "ieee": 32}[precision]
+        if rank <= tiles.MAX_RANK[precision]
     ]
 
 
@@ -137,6 +99,8 @@ def _source(launch: Launch) -> ASTSource:
         whole = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (whole and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -149,96 +113,72 @@ def _source(launch: Launch) -> ASTSource:
 
 
 @functools.cache
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _reader() -> str:
+    """What the reports depend on beside a kernel: the compiler and the code that reads its output."""
+    return triton.__version__ + Path(machine_code.__file__).read_text(encoding="utf-8")
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout + done.stderr
+def compile_launch(launch: Launch, arch: int) -> Report:
+    """Compile one launch for sm_{arch} and read its machine code, or read back what an earlier run found.
 
-
-def _loops(sass: str) -> list[list[str]]:
-    """The innermost loops of a disassembly, each as its lines."""
-    lines = sass.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
-    spans = []
-    for i, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if target and labels.get(target[1], i) < i:
-            spans.append((labels[target[1]], i))
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [lines[start : stop + 1] for start, stop in inner]
-
-
-def _serialised(ptxas: str, loops: list[list[str]]) -> str:
-    """ptxas' own words where it gave up on asynchronous wgmma, or what the loops show; empty where all is well."""
-    if said := re.search(r"wgmma.mma_async instructions are serialized(.*?) in the function", ptxas):
-        return f"wgmma serialised{said[1]}"
-    for loop in loops:
-        products = sum("HGMMA" in line for line in loop)
-        waits = sum("WARPGROUP.DEPBAR" in line for line in loop)
-        if products > 1 and waits >= products:
-            return "a loop waits after each wgmma"
-    return ""
-
-
-def compile_launch(launch: Launch, arch: int, config: str = "", measured: bool = False) -> Report:
-    """Compile one launch for sm_{arch} and read its machine code. Needs no GPU, but Triton without its interpreter."""
-    start = time.perf_counter()
+    Needs no GPU, but Triton without its interpreter.
+    """
+    source = _source(launch)
+    key = hashlib.sha256(f"{source.hash()}-{arch}-{launch.warps}-{launch.stages}-{_reader()}".encode()).hexdigest()
+    kept = Path(triton.knobs.cache.dir, "fastlora", f"{key}.json")
+    if kept.exists():
+        return Report(**json.loads(kept.read_text()))
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=options)
-    seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        # The wheel's plain ptxas rejects the newest PTX.
-        suffix = "a" if arch >= 90 else ""
-        said = _run(_tool("ptxas-blackwell"), "-v", f"--gpu-name=sm_{arch}{suffix}", str(ptx), "-o", f"{folder}/again.cubin")
-        usage = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
-        sass = _run(_tool("nvdisasm"), "-c", str(cubin))
-    if "fatal" in said:
-        raise RuntimeError(f"ptxas failed: {said}")
-    counted = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert counted is not None, usage
-    loops = [loop for loop in _loops(sass) if any(MMA.search(line) for line in loop)]
-    arguments = launch.arguments
-    blocks = "x".join(str(arguments[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in arguments)
-    return Report(
-        config=config,
-        kernel=launch.kernel.__name__,
-        tile=f"{blocks or arguments.get('BLOCK')} {launch.warps}w {launch.stages}s",
-        arch=arch,
-        registers=int(counted[1]),
-        stack=int(counted[2]),
-        shared=compiled.metadata.shared,
-        mma=len(MMA.findall(sass)),
-        wgmma=len(re.findall(r"\bHGMMA\b", sass)),
-        seconds=seconds,
-        spills_in_loops=sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for loop in loops for line in loop),
-        serialised=_serialised(said, loops),
-        uses_tensor_cores=arguments.get("PRECISION", "ieee") != "ieee",
-        measured=measured,
-    )
+    # the time is wanted too, so nothing comes from Triton's cache
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        start = time.perf_counter()
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        seconds = time.perf_counter() - start
+    report = machine_code.read(compiled, arch, seconds)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    whole = kept.with_suffix(f".{os.getpid()}")
+    whole.write_text(json.dumps(dataclasses.asdict(report)))
+    whole.replace(kept)
+    return report
 
 
-def _compile(config: Config, index: int) -> Report:
-    plan = tiles.choose(config.call)
-    return compile_launch(launches(config)[index], config.call.arch, str(config), plan.measured != tiles.NOT_MEASURED)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One launch of one configuration, by its number: a worker makes the launch itself."""
+
+    config: Config
+    number: int
+
+    @property
+    def launch(self) -> Launch:
+        return launches(self.config)[self.number]
+
+    def row(self) -> dict[str, Any]:
+        """Compile it: the report, what was compiled, and the problems."""
+        launch, call = self.launch, self.config.call
+        report = compile_launch(launch, call.arch)
+        measured = bool(tiles.row_of(call).measured)
+        tensor_cores = launch.arguments.get("PRECISION", "ieee") != "ieee"
+        blocks = "x".join(str(launch.arguments[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in launch.arguments)
+        return {
+            "kernel": launch.kernel.__name__,
+            "class": str(self.config),
+            "tile": f"{blocks or launch.arguments.get('BLOCK')} {launch.warps}w {launch.stages}s",
+            **dataclasses.asdict(report),
+            "problems": report.problems(call.arch, tensor_cores, measured),
+        }
 
 
-def _unique(configs: list[Config]) -> list[tuple[Config, int]]:
-    """(configuration, number of the launch in it), each launch that differs from all before it."""
-    seen, jobs = set(), []
+def jobs(configs: list[Config]) -> Iterator[Job]:
+    """Every launch of the configurations that differs from all before it."""
+    seen = set()
     for config in configs:
-        for i, launch in enumerate(launches(config)):
-            source = _source(launch)
-            key = (config.call.arch, launch.kernel.__name__, launch.warps, launch.stages, source.hash())
+        for number, launch in enumerate(launches(config)):
+            key = (config.call.arch, launch.warps, launch.stages, _source(launch).hash())
             if key not in seen:
                 seen.add(key)
-                jobs.append((config, i))
-    return jobs
+                yield Job(config, number)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -251,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("half", "tf32", "ieee"), help="default: all")
     parser.add_argument("--rank", type=int, choices=(16, 32, 64, 128), help="padded rank; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--rows", type=Path, help="write the rows to this file too, one JSON object a line")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
@@ -258,20 +199,19 @@ def main(arguments: list[str] | None = None) -> int:
         c for c in configurations(tuple(options.arch or tiles.ARCHITECTURES))
         if options.precision in (None, c.call.precision) and options.rank in (None, c.call.rank)
     ]  # fmt: skip
-    jobs = _unique(configs)
-    table = Table("kernel", "class", "tile", "registers", "stack", "shared", "MMA", "wgmma", "seconds", "problems")
-    failed = 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        for report in pool.map(_compile, *zip(*jobs, strict=True)):
-            problems = report.problems()
-            failed += bool(problems)
-            table.add_row(
-                report.kernel, report.config, report.tile, str(report.registers), str(report.stack), str(report.shared),
-                str(report.mma), str(report.wgmma), f"{report.seconds:.1f}", "; ".join(problems),
-            )  # fmt: skip
+        rows = list(pool.map(Job.row, jobs(configs)))
+    columns = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load", "seconds", "problems")
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*("; ".join(row[c]) if c == "problems" else str(row[c]) for c in columns))
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    console.print(f"{len(jobs)} kernels compiled, {failed} with problems")
+    failed = sum(bool(row["problems"]) for row in rows)
+    console.print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {failed} with problems")
+    if options.rows:
+        header = {"row": "run", "triton": triton.__version__, "torch": torch.__version__}
+        options.rows.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
     return int(failed > 0)
 
 

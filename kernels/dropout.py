@@ -63,8 +63,12 @@ def keep_words(k0, k1, group, row_ids, column, J: tl.constexpr, PLANES: tl.const
             e0, e1, e2, e3 = w0 & e0, w1 & e1, w2 & e2, w3 & e3
         else:
             e0, e1, e2, e3 = w0 | e0, w1 | e1, w2 | e2, w3 | e3
-    # tl.join puts its two operands along a new last axis: [m, call, high, low] is word 2 * high + low.
-    words = tl.join(tl.join(e0, e2), tl.join(e1, e3))
+    # With tl.join here Triton loads the products' operands without ldmatrix, a third more instructions; without a sum every
+    # thread draws the bits that it needs by itself, twice as many.
+    word, pair = tl.arange(0, 4)[None, None, :, None], tl.arange(0, 2)[None, None, None, :]
+    even = tl.where(pair == 0, e0[:, :, None, None], e2[:, :, None, None])
+    odd = tl.where(pair == 0, e1[:, :, None, None], e3[:, :, None, None])
+    words = tl.sum(tl.where(word // 2 == pair, tl.where(word % 2 == 0, even, odd), 0), 3)
     return tl.reshape(words, (BLOCK_M, COLUMNS // 32))
 
 
@@ -76,3 +80,27 @@ def drop(tile, words):
     spread = tl.broadcast_to(words[:, :, None], (BLOCK_M, COLUMNS // 32, 32))
     bits = tl.reshape(spread, (BLOCK_M, COLUMNS)) >> (tl.arange(0, COLUMNS) % 32).to(tl.uint32)[None, :]
     return tl.where((bits & 1) != 0, tile, tl.zeros_like(tile))
+
+
+@triton.jit(do_not_specialize=["site"])
+def words_kernel(
+    words_ptr, seed_ptr, rows_ptr,
+    M, WORDS, site,
+    KEYS: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """words [g, M, WORDS] = keep decisions of 32 columns each, WORDS a multiple of 4: what `load_words` reads."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0, k1 = load_key(seed_ptr, site)
+    row_ids = load_row_ids(rows_ptr, offs_m, M)
+    for number in tl.static_range(len(KEYS)):
+        ptrs = words_ptr + (tl.cast(M, tl.int64) * number + offs_m[:, None]) * WORDS + tl.arange(0, 4)[None, :]
+        for word in range(0, WORDS, 4):
+            words = keep_words(k0, k1, tl.cast(KEYS[number], tl.int32), row_ids, word * 32, J, PLANES, 128)
+            tl.store(ptrs + word, words.to(tl.int32, bitcast=True), mask=offs_m[:, None] < M)
+
+
+@triton.jit
+def load_words(words_ptr, number, offs_m, column, M, WORDS, COLUMNS: tl.constexpr):
+    """What keep_words gives, from memory that words_kernel filled; COLUMNS and `column` are multiples of 32."""
+    offs = (tl.cast(M, tl.int64) * number + offs_m[:, None]) * WORDS + column // 32 + tl.arange(0, COLUMNS // 32)[None, :]
+    return tl.load(words_ptr + offs, mask=offs_m[:, None] < M, other=0).to(tl.uint32, bitcast=True)

@@ -21,17 +21,22 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    overlap: bool = False
 
 
 _recorder: list[Launch] | None = None
 
 
-def launch(kernel: Any, programs: int, tile: Tile, /, **arguments: Any) -> None:
-    """Start `programs` programs of a Triton kernel, or note them where a recording is on."""
+def launch(kernel: Any, programs: int, tile: Tile, /, overlap: bool = False, **arguments: Any) -> None:
+    """Start `programs` programs of a Triton kernel, or note them where a recording is on.
+
+    overlap: it may start while the kernel before it runs, and waits for that one's results by itself.
+    """
     if _recorder is not None:
-        _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages))
+        _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages, overlap))
     else:
-        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        options = {"launch_pdl": True} if overlap else {}
+        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages, **options)
 
 
 @contextlib.contextmanager

@@ -2,35 +2,36 @@
 
 A row is found by architecture (sm_80, sm_90, sm_100; others take the row of the closest older one, AMD and the interpreter
 that of sm_80) and by class: precision ("half", "tf32", "ieee"), padded rank (at most 32, 64, 128), dropout or not.
-`measured` holds the time that chose a row; a row without one was chosen by what the compiler reports (README.md).
+`measured` holds the times that chose a row; a row without any was chosen by what the compiler reports (README.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 __all__ = [
     "ARCHITECTURES",
     "MAX_RANK",
-    "NOT_MEASURED",
     "TABLE",
     "Call",
+    "Measured",
     "Plan",
     "Row",
     "Tile",
     "architecture",
     "choose",
     "multiprocessors",
+    "padded_rank",
     "precision_of",
+    "row_of",
 ]
 
 Precision = Literal["half", "tf32", "ieee"]
 ARCHITECTURES = (80, 90, 100)
-NOT_MEASURED = "not yet measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Plan:
         one_pass_backward: ds and dB are computed beside dy W; else by a pass over dy.
         da_in_epilogue: dA is computed from x and ds beside dx; else by a pass over both.
         groups_together: the light passes over x serve all groups from one reading; else a group each, for large ranks.
-        measured: the time that chose this row, or "not yet measured".
+        ready_bits: the one-pass forward reads its mask from memory, drawn by a pass of its own, instead of drawing it.
+        descriptors: the forward copies its tiles by tensor descriptors (TMA), where x and weight allow it: Hopper and later.
+        overlap: it starts while the shrink pass runs (programmatic dependent launch): Hopper and later.
     """
 
     forward: Tile
@@ -74,7 +77,9 @@ class Plan:
     one_pass_backward: bool
     da_in_epilogue: bool
     groups_together: bool = True
-    measured: str = NOT_MEASURED
+    ready_bits: bool = False
+    descriptors: bool = False
+    overlap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +92,33 @@ class Call:
     dropout: bool
 
 
+class Measured(NamedTuple):
+    """Medians of forward and backward of packed q, k, v at `rows` rows of x, in microseconds, both in one run on one GPU.
+
+    Printed by benchmarks/device.py, whose raw rows lie in benchmarks/results/. A plain tuple: torch.compile reads it.
+    """
+
+    gpu: str
+    rows: int
+    triton: float
+    eager: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the table: the classes it serves, and their plan. max_rank: the largest padded rank."""
+    """One row of the table: the classes it serves, and their plan.
+
+    Args:
+        max_rank: the largest padded rank.
+        measured: fewest rows of x first; empty says "not yet measured".
+    """
 
     archs: tuple[int, ...]
     precision: Precision
     max_rank: int
     dropout: tuple[bool, ...]
     plan: Plan
+    measured: tuple[Measured, ...] = ()
 
     def serves(self, call: Call) -> bool:
         return (
@@ -117,6 +140,10 @@ TABLE = (
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
         shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
         one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+    Row((90,), "half", 16, ON, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
+        shrink=Tile(64, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(64, 0, 128, 4, 3, 2),
+        one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
     Row((90,), "half", 32, ON, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
         shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
@@ -157,7 +184,7 @@ TABLE = (
         forward=Tile(128, 128, 32, 8, 3), backward=Tile(32, 32, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 32, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
-    Row((80, 90, 100), "ieee", 32, ANY, Plan(
+    Row((80, 90, 100), "ieee", 16, ANY, Plan(
         forward=Tile(64, 64, 16, 4, 2), backward=Tile(32, 16, 128, 8, 2),
         shrink=Tile(16, 0, 128, 8, 1), ds_db=Tile(32, 32, 0, 8, 2), da=Tile(16, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
@@ -180,19 +207,29 @@ def precision_of(dtype: torch.dtype) -> Precision:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def padded_rank(rank: int) -> int:
+    """The rank as the kernels see it: a power of two of at least 16, what a product of the tensor cores takes."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 @functools.cache
-def choose(call: Call) -> Plan:
-    """The plan of the first row that serves a call: up to rank MAX_RANK of its precision.
+def row_of(call: Call) -> Row:
+    """The first row that serves a call: up to rank MAX_RANK of its precision.
 
     Raises:
         ValueError: a rank beyond that.
     """
     for row in TABLE:
         if row.serves(call):
-            return row.plan
+            return row
     raise ValueError(
         f"rank {call.rank} in {call.precision} has no kernel: at most {MAX_RANK[call.precision]}; use backend='eager'"
     )
+
+
+def choose(call: Call) -> Plan:
+    """The plan of `row_of` a call."""
+    return row_of(call).plan
 
 
 def architecture(device: torch.device) -> int:
