@@ -130,3 +130,55 @@ def test_a_checkpointed_op_repeats_its_mask(use_reentrant: bool) -> None:
         results.append([*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), (x, a, b))] if not use_reentrant else ys)
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_cuda_graph_replays_masks_and_draws_new_ones(backend: str) -> None:
+    """A given seed in memory keys each replay; a drawn one is drawn again in each; both with the gradients of a plain call."""
+    (x, weight, bias, a, b, seed, _), (scale, dropout, site, _, active) = arguments("cuda")
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def step(seed: Tensor | None) -> tuple[Tensor, ...]:
+        y = lora_linear(
+            x, weight, bias, a, b, scale=scale, dropout=dropout, seed=seed, site=site, active=active, backend=backend
+        )
+        return (y, *torch.autograd.grad(y.square().sum(), leaves))
+
+    for given in (seed, None):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step(given)
+        seen = []
+        for number in (11, 12, 11):
+            seed.fill_(number)
+            graph.replay()
+            seen.append([t.clone() for t in results])
+            if given is not None:
+                for replayed, plain in zip(seen[-1], step(given), strict=True):
+                    torch.testing.assert_close(replayed, plain)
+        assert not torch.equal(seen[0][0], seen[1][0])
+        assert torch.equal(seen[0][0], seen[2][0]) == (given is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_inductor_compiles_a_patched_clip_with_triton() -> None:
+    model = tiny().cuda().train()
+    fastlora.patch(model, backend="triton")
+    randomise_adapters(model)
+    images, tokens = (t.cuda() for t in inputs(model))
+    grads = []
+    for run in (functools.partial(features, model), torch.compile(functools.partial(features, model), fullgraph=True)):
+        torch.manual_seed(4)
+        with torch.random.fork_rng():
+            image, text = run(images, tokens)
+        (image @ text.T).square().sum().backward()
+        grads.append([p.grad.isfinite().all() for p in fastlora.lora_parameters(model) if p.grad is not None])
+        model.zero_grad()
+    assert all(map(all, grads)) and len(grads[0]) == len(grads[1]) > 0

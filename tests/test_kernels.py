@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +201,24 @@ def test_clip_shapes_with_the_tables_rows(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the test below uses real memory")
+@pytest.mark.parametrize("plan", [ONE_PASS, TWO_PASSES], ids=["one-pass", "two-passes"])
+def test_offsets_past_two_to_the_31_elements(plan: tiles.Plan) -> None:
+    """Rows of x so far apart that the last one lies 2**32 bytes and more after the first, in an unwritten mapping of memory."""
+    inputs = make(Case(m=300, n=8, k=24, active=(True,), dropout=0.0), torch.float16)
+    want = run(kernels, inputs, plan=plan)
+    stride = 2**31 // 257
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * (300 * stride + 24))  # a hole: what is not written takes no space
+        storage = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=300 * stride + 24, dtype=torch.float16)
+        far = storage.as_strided((300, 24), (stride, 1))
+        far.copy_(inputs.x)
+        assert far[-1].data_ptr() - far.data_ptr() > 2**32 and stride < kernels._MAX_STRIDE
+        got = run(kernels, dataclasses.replace(inputs, x=far), plan=plan)
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements() -> None:
     m, k = 2**31 // 768 + 4096, 768
@@ -210,6 +234,33 @@ def test_more_than_two_to_the_31_elements() -> None:
     dx, _, _ = kernels.backward(y, x, s, inputs.weight, a, b, spec, seed, rows, (True, True, True))
     want_dx, _, _ = kernels.backward(want, x[tail], want_s, inputs.weight, a, b, spec, seed, rows[tail], (True, True, True))
     torch.testing.assert_close(dx[tail], want_dx)
+
+
+SANITIZED = """
+import torch
+from kernels_support import OVERLAP, PLANS, VARIANTS, Case, make, run
+from fastlora.kernels import lora_linear
+for plan in (None, *PLANS.values(), *VARIANTS.values(), OVERLAP):
+    for case in (Case(m=37), Case(m=70, n=33, k=136, r=17, active=(True, False, True), layout="columns")):
+        run(lora_linear, make(case, torch.bfloat16), plan=plan)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_access_outside_of_memory_and_no_race(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    # torch's allocator would hide an access beyond a tensor inside its own larger blocks
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-W", "ignore", "-c", SANITIZED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    if "not supported" in done.stdout:
+        pytest.skip(f"compute-sanitizer does not work on this machine: {done.stdout[-300:]}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.mark.gpu
