@@ -34,15 +34,25 @@ FORWARD: tuple[tuple[int, ...], ...] = (
 )  # fmt: skip
 BACKWARD: tuple[tuple[int, ...], ...] = (
     (128, 64, 128, 8, 3), (128, 32, 128, 8, 4), (128, 128, 128, 8, 2),
-    (64, 64, 256, 8, 3), (64, 64, 128, 4, 3), (64, 64, 128, 8, 3),
+    (64, 64, 256, 8, 3), (64, 64, 128, 4, 3), (64, 64, 128, 8, 3), (128, 64, 256, 8, 3), (128, 64, 256, 8, 2),
 )  # fmt: skip
 SMOKE: tuple[tuple[int, ...], ...] = ((32, 16, 128, 4, 1),)
+# Other ways of the forward than a tile: what changes in the plan, and the forward's tile where it needs another one.
+# kernels/README.md says what is expected of each.
+VARIANTS: tuple[tuple[dict[str, bool], tuple[int, ...] | None], ...] = (
+    ({"one_pass_forward": True, "ready_bits": True}, (128, 256, 64, 8, 3)),
+    ({"one_pass_forward": True, "ready_bits": True}, (128, 128, 64, 8, 4)),
+    ({"one_pass_forward": False, "descriptors": True}, None),
+    ({"one_pass_forward": True, "descriptors": True}, (128, 256, 128, 8, 2)),
+    ({"one_pass_forward": False, "overlap": True}, None),
+    ({"one_pass_forward": False, "overlap": True, "descriptors": True}, None),
+)
 # The light passes: the phase each belongs to, the form that uses it, and its tiles.
 LIGHT = {
     "shrink": (
         "forward",
         {"one_pass_forward": False},
-        ((16, 0, 128, 4, 4), (32, 0, 128, 4, 3), (64, 0, 128, 4, 3), (64, 0, 128, 8, 2)),
+        ((16, 0, 128, 4, 4), (32, 0, 128, 4, 3), (64, 0, 128, 4, 2), (64, 0, 128, 4, 3), (64, 0, 128, 8, 2)),
     ),
     "ds_db": ("backward", {"one_pass_backward": False}, ((64, 64, 0, 4, 3), (64, 128, 0, 4, 3), (128, 64, 0, 8, 3))),
     "da": ("backward", {"da_in_epilogue": False}, ((32, 0, 128, 4, 3), (64, 0, 128, 4, 3), (64, 0, 256, 8, 2))),
@@ -63,9 +73,8 @@ def _row(case: Case) -> Any:
     """The table's own plan for a case."""
     from fastlora.kernels import tiles
 
-    precision = {torch.float32: "ieee"}.get(case.dtype, "half")
-    call = tiles.Call(tiles.architecture(torch.device(case.device)), precision, max(16, case.rank), case.dropout > 0)
-    return tiles.choose(call)
+    arch, precision = tiles.architecture(torch.device(case.device)), tiles.precision_of(case.dtype)
+    return tiles.choose(tiles.Call(arch, precision, tiles.padded_rank(case.rank), case.dropout > 0))
 
 
 def trials(case: Case, smoke: bool) -> list[Trial]:
@@ -80,6 +89,9 @@ def trials(case: Case, smoke: bool) -> list[Trial]:
         for shape in SMOKE if smoke else shapes:
             for flags in [(True,) * len(forms)] if smoke else itertools.product((True, False), repeat=len(forms)):
                 found += _changed(case, base, phase, phase, shape, dict(zip(forms, flags, strict=True)))
+    for changes, other in () if smoke else VARIANTS:
+        tile = dataclasses.astuple(base.forward)[:5] if other is None else other
+        found += _changed(case, base, "forward", "forward", tile, changes)
     for kernel, (phase, form, shapes) in ({} if smoke else LIGHT).items():
         for shape in shapes:
             found += _changed(case, base, phase, kernel, shape, form)

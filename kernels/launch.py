@@ -27,7 +27,7 @@ class Launch:
 _recorder: list[Launch] | None = None
 
 
-def launch(kernel: Any, programs: int, tile: Tile, /, overlap: bool = False, **arguments: Any) -> None:
+def launch(kernel: Any, programs: int, tile: Tile, overlap: bool = False, /, **arguments: Any) -> None:
     """Start `programs` programs of a Triton kernel, or note them where a recording is on.
 
     overlap: it may start while the kernel before it runs, and waits for that one's results by itself.

@@ -87,7 +87,8 @@ def _near(x: Tensor) -> Tensor:
 
 def _describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can hold x: rows one after another in memory, each a multiple of 16 bytes."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
+    size = x.element_size()
+    return x.stride(1) == 1 and int(x.stride(0)) * size % 16 == 0 and int(x.storage_offset()) * size % 16 == 0
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -181,7 +182,7 @@ def forward(
         if positions:
             launch(
                 forward_kernel, triton.cdiv(m, tile.m) * triton.cdiv(call.width, tile.n) * len(positions), tile,
-                overlap=overlap and has_lora,
+                overlap and has_lora,
                 x_ptr=_descriptor(x, tile.m, tile.k) if described else x,
                 w_ptr=_descriptor(weight, tile.n, tile.k) if described else weight,
                 bias_ptr=bias, b_ptr=b, y_ptr=y, **adapter, words_ptr=words, **sizes, **constants,
