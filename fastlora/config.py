@@ -44,6 +44,9 @@ class LoRAConfig:
         targets: which projections are adapted, of q, k, v, o, fc1, fc2.
         encoders: which towers, of vision, text.
         layers: "all", "half-up", "half-bottom", "up", "mid", "bottom", "top3", or block indices; in each tower.
+        modules: name patterns of modules of any torch model, instead of `encoders` and `layers` of a known one ("*" matches
+            dots too): a matching nn.Linear is adapted as one weight, with `:qkv` after the pattern as q, k, v packed in its
+            rows; of a matching nn.MultiheadAttention and of such a Linear `targets` says which of q, k, v and o.
         scaling: "alpha/sqrt(r)" as in the paper, or "alpha/r".
         rank_pattern: other ranks for some modules: {block number in each tower, or pattern of a module's path: rank}, the first
             that fits counts, 0 for no adapter: {0: 0, 11: 8, "visual.*": 4}. Each scales by its own rank.
@@ -59,6 +62,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("q", "k", "v")
     encoders: tuple[str, ...] = ENCODERS
     layers: str | tuple[int, ...] = "all"
+    modules: tuple[str, ...] = ()
     scaling: str = "alpha/sqrt(r)"
     rank_pattern: Mapping[str | int, int] | tuple[tuple[str | int, int], ...] = ()
     backend: Literal["triton", "eager", "reference"] | None = None
@@ -82,6 +86,11 @@ class LoRAConfig:
             raise ValueError(f"unknown backend {self.backend!r}: choose from {', '.join(BACKENDS)}")
         put("targets", _choices("target", self.targets, TARGETS))
         put("encoders", _choices("encoder", self.encoders, ENCODERS))
+        put("modules", (self.modules,) if isinstance(self.modules, str) else tuple(self.modules))
+        if not all(isinstance(pattern, str) and pattern for pattern in self.modules):
+            raise ValueError(f"modules must be name patterns, got {self.modules!r}")
+        if self.modules and (self.encoders != ENCODERS or self.layers != "all"):
+            raise ValueError("modules chooses by name: encoders and layers have no say beside it, leave them out")
         if isinstance(self.layers, str):
             if self.layers not in LAYERS:
                 raise ValueError(f"unknown layers {self.layers!r}: choose from {', '.join(LAYERS)}, or block indices")

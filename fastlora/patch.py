@@ -62,7 +62,8 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
     again with the same config changes nothing.
 
     Args:
-        model: an open_clip CLIP, CustomTextCLIP or CoCa.
+        model: a CLIP of open_clip, OpenAI or transformers, one of its towers, a timm vision transformer; or with
+            `modules=(pattern, ...)` any torch model. docs/hosts.md lists what was tried.
         config: a LoRAConfig; or give its fields as keywords: `patch(model, rank=4, targets=("q", "v"))`.
 
     Returns:
@@ -82,7 +83,7 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
 
     sites, skipped = _sites(model, config)
     if not sites:
-        why = "; ".join(f"{path}: {why}" for path, why in skipped.items()) or "rank_pattern gives every module rank 0"
+        why = "; ".join(f"{path}: {why}" for path, why in skipped.items()) or "rank_pattern gives every module rank 0, or targets names none of what was chosen"
         raise ValueError(f"nothing to adapt: {why}")
     # all drop-ins are made before one is put in place: an error leaves the model as it was
     layers = {path: adopt(model.get_submodule(path), **vars(site)) for path, site in sites.items()}
@@ -173,31 +174,50 @@ def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, _Adoption], 
     """Path -> what is wanted of every module to adapt; path -> reason of what is left alone."""
     sites: dict[str, _Adoption] = {}
     chosen: list[tuple[str, int]] = []
-    skipped: dict[str, str] = {}
-    for number, tower in enumerate(hosts.towers(model)):
-        if tower.encoder not in config.encoders:
-            continue
-        if tower.refused is not None:
-            skipped[tower.path] = tower.refused
-            continue
-        for index in config.layer_indices(len(tower.blocks)):
-            block = tower.blocks[index]
-            wanted = {site.path for site in block if set(site.targets) & set(config.targets)}
-            chosen += [(path, index) for path in wanted]
-            own = {site.path: config.at(site.path, index) if site.path in wanted else None for site in block}
-            for kind, site in enumerate(block):
-                carried = any(own[other.path] and set(other.targets) & set(site.carries) for other in block)
-                if own[site.path] is None and not carried:
-                    continue
-                if (why := refusal(model.get_submodule(site.path), site.weights)) is not None:
-                    skipped[site.path] = why
-                else:  # the same module has the same number whatever else is adapted
-                    key = (((kind // 4) * 64 + number) * 1024 + index) * 4 + kind % 4
-                    active = tuple(own[site.path] is not None and target in config.targets for target in site.targets)
-                    sites[site.path] = _Adoption(own[site.path] or config, key, active, site.weights)
+    groups, skipped = _groups(model, config)
+    seen: dict[int, str] = {}
+    for block, group in groups:
+        wanted = {site.path for _, site in group if not site.targets or set(site.targets) & set(config.targets)}
+        chosen += [(path, block) for path in wanted]
+        own = {site.path: config.at(site.path, block) if site.path in wanted else None for _, site in group}
+        for number, site in group:
+            carried = any(own[other.path] and set(other.targets) & set(site.carries) for _, other in group)
+            if own[site.path] is None and not carried:
+                continue
+            module = model.get_submodule(site.path)
+            first = seen.setdefault(id(module), site.path)
+            why = refusal(module, site.weights) if first == site.path else f"it is the same module as {first}"
+            if why is not None:
+                skipped[site.path] = why
+                continue
+            active = tuple(own[site.path] is not None and t in config.targets for t in site.targets) or (True,)
+            sites[site.path] = _Adoption(own[site.path] or config, number, active, site.weights)
     if unused := config.unused_patterns(chosen):
         raise ValueError(f"rank_pattern has {unused[0]!r}, which fits no module that the other options choose")
     return sites, skipped
+
+
+_Group = tuple[int, list[tuple[int, hosts.Site]]]
+
+
+def _groups(model: nn.Module, config: LoRAConfig) -> tuple[list[_Group], dict[str, str]]:
+    """Each chosen block and its sites, numbered alike whatever else is chosen; path -> reason of what has none.
+
+    Modules that were chosen by name stand in no block: -1.
+    """
+    if config.modules:
+        found, skipped = hosts.named(model, config.modules)
+        return [(-1, [(2 * place + i, site) for i, site in enumerate(group)]) for place, group in found.items()], skipped
+    groups: list[_Group] = []
+    skipped = {}
+    for tower_number, tower in enumerate(hosts.towers(model)):
+        if tower.encoder not in config.encoders:
+            continue
+        skipped |= tower.refused
+        for index in config.layer_indices(len(tower.blocks)) if tower.blocks else ():
+            numbers = (((kind // 4 * 64 + tower_number) * 1024 + index) * 4 + kind % 4 for kind in range(16))
+            groups.append((index, list(zip(numbers, tower.blocks[index], strict=False))))
+    return groups, skipped
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 
 from torch import nn
 
-__all__ = ["Site", "Tower", "towers"]
+from .named import sites as named
+from .sites import Site, Tower
+
+__all__ = ["Site", "Tower", "named", "towers"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
-    """One module that can take an adapter.
+class _Family:
+    """A file of this folder, what it looks for in words, and the test itself."""
 
-    Args:
-        path: the module within the model: a Linear, an nn.MultiheadAttention, or with `weights` an attention of the host's own.
-        targets: what its groups of rows are: ("q", "k", "v"), or one of ("o",), ("fc1",), ("fc2",).
-        weights: the parameters within the module that hold q, k, v (all in one, or one each), where the module's own forward
-            gives them to F.linear.
-        carries: targets of sites inside this module that it reads without calling them, so that their adapters work only with
-            the drop-in around them.
-    """
-
-    path: str
-    targets: tuple[str, ...]
-    weights: tuple[str, ...] = ()
-    carries: tuple[str, ...] = ()
+    file: str
+    looked_for: str
+    matches: Callable[[nn.Module], bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """One encoder: the sites of its blocks from bottom to top, or the reason why it cannot be adapted."""
+def _has(*names: str) -> Callable[[nn.Module], bool]:
+    return lambda model: all(hasattr(model, name) for name in names)
 
-    encoder: str
-    path: str
-    blocks: tuple[tuple[Site, ...], ...]
-    refused: str | None = None
+
+# An open_clip model may hold a tower of the families below it, never the other way round.
+_FAMILIES = (
+    _Family(
+        "open_clip", "open_clip's or OpenAI's CLIP (.visual beside .transformer)", _has("visual", "transformer", "encode_text")
+    ),
+    _Family("open_clip", "open_clip's CustomTextCLIP or CoCa (.visual beside .text)", _has("visual", "text", "encode_text")),
+    _Family("transformers", "a transformers model (.config beside .main_input_name)", _has("config", "main_input_name")),
+    _Family(
+        "timm", "a timm vision transformer (.patch_embed beside .blocks or .layers)", _has("patch_embed", "forward_features")
+    ),
+)
 
 
 def towers(model: nn.Module) -> tuple[Tower, ...]:
-    """The text and vision towers of a CLIP model, text first.
+    """The towers of a CLIP model, text first; one tower of a model that is an encoder by itself.
 
     Raises:
         TypeError: no known family; names what was looked for.
     """
-    from . import open_clip
-
-    if open_clip.matches(model):
-        return open_clip.towers(model)
+    for family in _FAMILIES:
+        if family.matches(model):
+            return importlib.import_module(f".{family.file}", __name__).towers(model)
     raise TypeError(
-        f"fastlora does not know {type(model).__module__}.{type(model).__qualname__}: looked for an open_clip model with"
-        " .visual and .transformer (CLIP) or .text (CustomTextCLIP, CoCa). For another model call fastlora.lora_linear in"
-        " your own module"
+        f"fastlora does not know {type(model).__module__}.{type(model).__qualname__}: looked for "
+        + "; ".join(family.looked_for for family in _FAMILIES)
+        + '. Name the modules to adapt instead: fastlora.patch(model, modules=("*.attn", "*.fc1"))'
     )

@@ -1,48 +1,44 @@
-"""open_clip up to 3.x: CLIP, CustomTextCLIP and CoCa, whose blocks hold nn.MultiheadAttention."""
+"""open_clip's CLIP, CustomTextCLIP and CoCa, with towers of its own, of timm or of transformers; and OpenAI's clip package.
+
+open_clip took its blocks and their names from OpenAI's: nn.MultiheadAttention, out_proj, c_fc, c_proj. Its custom blocks, and
+from 4 on all of its blocks, have an attention of open_clip's own with the same parameter names.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
-from . import Site, Tower
+from .sites import Layout, Tower, has, tower
 
-__all__ = ["matches", "towers"]
+__all__ = ["layout", "towers"]
 
-
-def matches(model: nn.Module) -> bool:
-    """Whether `model` has open_clip's two encoders: .visual beside .transformer (CLIP) or .text (CustomTextCLIP, CoCa)."""
-    return all(hasattr(model, name) for name in ("visual", "encode_image", "encode_text")) and (
-        hasattr(model, "transformer") or hasattr(model, "text")
-    )
+_LOOKED_FOR = "attn (nn.MultiheadAttention, or an attention with in_proj_weight) and mlp.c_fc"
 
 
 def towers(model: nn.Module) -> tuple[Tower, ...]:
     """The text tower, then the vision tower; a refused one has no blocks and says why."""
-    return (
-        _tower(model, "text", "text.transformer" if hasattr(model, "text") else "transformer"),
-        _tower(model, "vision", "visual.transformer"),
-    )
+    text = "text" if isinstance(getattr(model, "text", None), nn.Module) else "transformer"
+    return _tower(model, "text", text), _tower(model, "vision", "visual")
+
+
+def layout(block: nn.Module) -> Layout | None:
+    """The layout of a residual attention block."""
+    if not has(block, "attn", "mlp.c_fc", "mlp.c_proj"):
+        return None
+    attention, rest = block.get_submodule("attn"), {"out": ("attn.out_proj",), "fc1": ("mlp.c_fc",), "fc2": ("mlp.c_proj",)}
+    if isinstance(attention, nn.MultiheadAttention):
+        return Layout("attn", **rest)
+    return Layout("attn", ("in_proj_weight",), **rest) if hasattr(attention, "in_proj_weight") else None
 
 
 def _tower(model: nn.Module, encoder: str, path: str) -> Tower:
-    owner = path.rpartition(".")[0]
-    try:
-        blocks = list(model.get_submodule(f"{path}.resblocks").children())
-    except AttributeError:
-        found = type(model.get_submodule(owner)).__name__
-        return Tower(encoder, path, (), f"{found} has no transformer of residual attention blocks")
-    if not isinstance(getattr(blocks[0], "attn", None), nn.MultiheadAttention):
-        attention = type(getattr(blocks[0], "attn", None)).__name__
-        return Tower(encoder, path, (), f"its blocks attend with {attention}, not nn.MultiheadAttention")
-    sites = []
-    for i in range(len(blocks)):
-        block = f"{path}.resblocks.{i}"
-        sites.append(
-            (
-                Site(f"{block}.attn", ("q", "k", "v"), carries=("o",)),
-                Site(f"{block}.attn.out_proj", ("o",)),
-                Site(f"{block}.mlp.c_fc", ("fc1",)),
-                Site(f"{block}.mlp.c_proj", ("fc2",)),
-            )
-        )
-    return Tower(encoder, path, tuple(sites))
+    root = model.get_submodule(path)
+    if hasattr(root, "trunk"):
+        from . import timm
+
+        return timm.tower_at(model, encoder, path)
+    if hasattr(root, "config"):
+        from . import transformers
+
+        return transformers.tower_at(model, encoder, path)
+    return tower(model, encoder, path, layout, _LOOKED_FOR)
