@@ -83,7 +83,10 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
 
     sites, skipped = _sites(model, config)
     if not sites:
-        why = "; ".join(f"{path}: {why}" for path, why in skipped.items()) or "rank_pattern gives every module rank 0, or targets names none of what was chosen"
+        why = (
+            "; ".join(f"{path}: {why}" for path, why in skipped.items())
+            or "rank_pattern gives every module rank 0, or targets names none of what was chosen"
+        )
         raise ValueError(f"nothing to adapt: {why}")
     # all drop-ins are made before one is put in place: an error leaves the model as it was
     layers = {path: adopt(model.get_submodule(path), **vars(site)) for path, site in sites.items()}

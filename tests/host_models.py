@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import open_clip
 import timm
 import torch
 import transformers
@@ -30,6 +29,7 @@ class Host:
         build: the model with random weights, in eval mode.
         inputs: what `run` takes beside the model, for two examples; floating-point tensors are cast to the model's dtype.
         run: model, inputs -> the features that its towers give.
+        quick: whether the suite tries every column; of the others it checks which modules are adapted, and the script the rest.
         source: where the configuration comes from and what was cut.
     """
 
@@ -39,6 +39,7 @@ class Host:
     build: Callable[[], Any]
     inputs: tuple[Tensor, ...]
     run: Callable[..., tuple[Tensor, ...]]
+    quick: bool = False
 
     def outputs(self, model: nn.Module) -> tuple[Tensor, ...]:
         """What `run` gives on `inputs`."""
@@ -98,7 +99,7 @@ def from_open_clip(name: str, cut: str = "") -> Host:
     config = get_model_config(name)
     assert config is not None
     length = config["text_cfg"].get("context_length", 77) - ("multimodal_cfg" in config)
-    source = f"open_clip {open_clip.__version__}, {DEPTH} block a tower, {WORDS} words" + cut
+    source = f"open_clip's config at {DEPTH} block a tower, {WORDS} words" + cut
     return Host("open_clip", name, source, build, (images(224), tokens(length)), run_clip)
 
 
@@ -128,14 +129,15 @@ def stand_in(attention: type[nn.Module]) -> Callable[[], Any]:
 
 
 def from_transformers(
-    name: str, config: Callable[[], Any], inputs: tuple[Tensor, ...], run: Callable[..., tuple[Tensor, ...]]
-) -> Host:
+    name: str, config: Callable[[], Any], inputs: tuple[Tensor, ...], run: Callable[..., tuple[Tensor, ...]],
+    quick: bool = False,
+) -> Host:  # fmt: skip
     def build() -> Any:
         torch.manual_seed(0)
         return getattr(transformers, name)(config()).eval()
 
-    source = f"transformers {transformers.__version__}, its default config at {DEPTH} block a tower, {WORDS} words"
-    return Host("transformers", name, source, build, inputs, run)
+    source = f"transformers' default config at {DEPTH} block a tower, {WORDS} words"
+    return Host("transformers", name, source, build, inputs, run, quick)
 
 
 TEXT: dict[str, Any] = {
@@ -181,8 +183,8 @@ def from_timm(name: str, size: int = 224, **changes: Any) -> Host:
         return timm.create_model(name, depth=DEPTH, num_classes=0, **changes).eval()
 
     cut = "".join(f", {key}={value}" for key, value in changes.items())
-    source = f"timm {timm.__version__}, {DEPTH} block{cut}"
-    return Host("timm", name, source, build, (images(size),), lambda model, image: (model(image),))
+    source = f"timm's config at {DEPTH} block{cut}"
+    return Host("timm", name, source, build, (images(size),), lambda model, image: (model(image),), size < 224)
 
 
 HOSTS = (
@@ -195,16 +197,16 @@ HOSTS = (
     from_open_clip("convnext_tiny", ", vision whole"),
     from_open_clip("roberta-ViT-B-32", ", the text config of RobertaConfig()"),
     Host(
-        "open_clip", "custom blocks", f"open_clip {open_clip.__version__}, CustomResidualAttentionBlock, width 64",
-        custom_blocks, (images(32), tokens(16)), run_clip,
+        "open_clip", "custom blocks", "open_clip's CustomResidualAttentionBlock, width 64",
+        custom_blocks, (images(32), tokens(16)), run_clip, True,
     ),
     Host(
         "open_clip 4", "CLIP", "a stand-in with its attention's parameters, width 64", stand_in(stand_ins.PackedAttention),
-        (images(32), tokens(16)), run_clip,
+        (images(32), tokens(16)), run_clip, True,
     ),
     Host(
         "OpenAI clip", "CLIP", "a stand-in with its classes' attributes, width 64", stand_in(nn.MultiheadAttention),
-        (images(32), tokens(16)), run_clip,
+        (images(32), tokens(16)), run_clip, True,
     ),
     from_transformers("CLIPModel", clip_config, (images(224), tokens(77)), run_pair),
     from_transformers(
@@ -213,13 +215,13 @@ HOSTS = (
     ),
     from_transformers(
         "CLIPTextModel", lambda: clip_config().text_config, (tokens(77),),
-        lambda model, text: (model(input_ids=text).pooler_output,),
+        lambda model, text: (model(input_ids=text).pooler_output,), True,
     ),
     from_transformers("SiglipModel", siglip_config, (images(224), tokens(64)), run_pair),
     from_transformers("Siglip2Model", siglip2_config, (*patches(), tokens(64)), run_patches),
     from_timm("vit_base_patch16_224"),
     from_timm("vit_small_patch14_dinov2", 70, img_size=70),
-    from_timm("eva02_tiny_patch14_224"),
-    from_timm("beitv2_base_patch16_224"),
-    from_timm("vit_small_patch16_224", qk_norm=True),
+    from_timm("eva02_tiny_patch14_224", 70, img_size=70),
+    from_timm("beit_base_patch16_224", 64, img_size=64),
+    from_timm("vit_tiny_patch16_224", 64, img_size=64, qk_norm=True),
 )  # fmt: skip

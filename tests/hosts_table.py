@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.metadata
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from fastlora.patch import lora_layers
 from host_models import HOSTS, Host
 from models import randomise_adapters
 
-__all__ = ["COLUMNS", "row", "table"]
+__all__ = ["COLUMNS", "cells", "sites", "table"]
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "hosts.md"
 START, END = "<!-- hosts table -->", "<!-- end of hosts table -->"
@@ -205,16 +206,18 @@ COLUMNS: dict[str, Callable[[Host], str]] = {
 }
 
 
-def row(host: Host) -> str:
+def cells(host: Host) -> list[str]:
     """The host's line of the table."""
-    cells = [host.family, host.model, *(column(host) for column in COLUMNS.values()), host.source]
-    return f"| {' | '.join(cells)} |"
+    return [host.family, host.model, *(column(host) for column in COLUMNS.values()), host.source]
 
 
 def table() -> str:
-    """The whole table in Markdown."""
+    """The whole table in Markdown, and with which versions it was made."""
     head = ["family", "model", *COLUMNS, "source"]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(row, HOSTS)])
+    lines = [head, ["---"] * len(head), *map(cells, HOSTS)]
+    names = ("torch", "open_clip_torch", "transformers", "timm")
+    made = "Made with " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) + "."
+    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + ["", made])
 
 
 if __name__ == "__main__":

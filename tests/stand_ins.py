@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class PackedAttention(nn.Module):
-    """open_clip 4's form: in_proj_weight, in_proj_bias and out_proj under nn.MultiheadAttention's names, a forward of its own."""
+    """open_clip 4's form: nn.MultiheadAttention's in_proj_weight, in_proj_bias and out_proj, a forward of its own."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
