@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import TRAINEES, Job, Trainee, host, inputs, starting_adapters
+from fastlora.testing import count_flops
 from machine import ROOT
 from measure import peak_memory, saved_bytes
 
@@ -34,9 +34,7 @@ def counts(contestant: Trainee) -> dict[str, int]:
     images, labels = inputs(contestant.job, 1)
     known = [*contestant.model.parameters(), *contestant.model.buffers()]
     saved = saved_bytes(lambda: contestant.loss(images, labels), known)
-    with FlopCounterMode(display=False) as counter:
-        contestant.step(images, labels)
-    return {"flops": counter.get_total_flops(), "saved_bytes": saved}
+    return {"flops": count_flops(lambda: contestant.step(images, labels)), "saved_bytes": saved}
 
 
 def _resident(field: str) -> int:

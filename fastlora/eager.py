@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import rng
 from .config import OpSpec
+from .products import linear
 
 __all__ = ["backward", "forward"]
 
@@ -65,7 +65,7 @@ def forward(
     """x (M, K), weight (N, K), bias (N,), a (g, R, K), b (g·N/G, R), rows (M,) -> y (M, N), s (M, g·R), of x's dtype."""
     rank = a.shape[1]
     a, b = a.to(x.dtype), b.to(x.dtype)
-    y = F.linear(x, weight, bias)
+    y = linear(x, weight, bias)
     drop = _Dropout(x, spec, seed, rows)
     spans = spec.spans(len(weight))
     if drop.on:
@@ -107,8 +107,8 @@ def backward(
     if not (need_dx or need_da):
         return None, None, db
 
-    ds = torch.cat([(dy_g @ b_g).mul_(spec.scale) for dy_g, b_g in zip(dy_of, b_x.chunk(len(a)), strict=True)], 1)
-    dx = dy @ weight if need_dx else None
+    ds = torch.cat([linear(dy_g, b_g.T).mul_(spec.scale) for dy_g, b_g in zip(dy_of, b_x.chunk(len(a)), strict=True)], 1)
+    dx = linear(dy, weight.T) if need_dx else None
     da = None
     drop = _Dropout(x, spec, seed, rows)
     if not drop.on:
@@ -123,7 +123,7 @@ def backward(
             for i, ds_g in enumerate(ds[chunk].split(rank, 1)):
                 multiplier = drop.multiplier(i, chunk)
                 if dx is not None:
-                    dx[chunk].addcmul_(ds_g @ a_x[i], multiplier)
+                    dx[chunk].addcmul_(linear(ds_g, a_x[i].T), multiplier)
                 if da is not None:
                     da[i] += ds_g.T @ multiplier.mul_(x[chunk])
     return dx, None if da is None else da.to(a.dtype), db

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
 from fastlora import lora_linear
 from fastlora.fewshot.compare import kept_for_backward
+from fastlora.testing import count_flops
 from models import build, inputs
-
-
-def flops(step: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -52,10 +44,10 @@ def test_flops_of_a_patched_vit_b_32_beside_the_frozen_model() -> None:
 
     fastlora.patch(model, rank=16)
     model.train()
-    patched = flops(step)
+    patched = count_flops(step)
     fastlora.unpatch(model)
     model.requires_grad_(False)
     for leaf in (model.visual.positional_embedding, model.positional_embedding):
         leaf.requires_grad_(True)
-    frozen = flops(step)
+    frozen = count_flops(step)
     assert patched / frozen <= 1.03, f"{patched / frozen:.4f}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import encoders, functional
 from fastlora.patch import lora_parameters
-from fastlora.testing import assert_within_budget
+from fastlora.testing import assert_within_budget, assert_within_expected_budget
 
 open_clip = pytest.importorskip("open_clip")
 from open_clip.coca_model import CoCa  # noqa: E402  (needs the check above)
@@ -23,6 +23,8 @@ TEXT = {"context_length": 20, "vocab_size": 100, "width": 48, "heads": 3, "layer
 START, END = 98, 99
 LENGTHS = (5, 9, 5, 7, 12, 3, 9)
 SEED = 1234567
+# Batches to a comparison of whole towers: the largest error of one is nearly a single random number (fastlora.testing).
+DRAWS = 6
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: CLIP(32, VISION, TEXT),
@@ -45,9 +47,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 ALL_TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 
 
-def prompts(length: int = 20, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+def prompts(length: int = 20, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Tensor:
     """Token ids (n, length): start, two words that all share, other words, end, padding of zeros."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.zeros(len(lengths), length, dtype=torch.long)
     for row, n in zip(tokens, lengths, strict=True):
         row[:n] = torch.randint(1, START, (n,), generator=generator)
@@ -56,8 +58,8 @@ def prompts(length: int = 20, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
     return tokens
 
 
-def images(count: int = 5) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def images(count: int = 5, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def build(name: str, *, patched: bool = True, seed: int = 0, **options: object) -> nn.Module:
@@ -71,8 +73,8 @@ def build(name: str, *, patched: bool = True, seed: int = 0, **options: object) 
     return model.train()
 
 
-def model_prompts(name: str) -> Tensor:
-    return prompts(19 if name == "coca" else 20)
+def model_prompts(name: str, seed: int = 0) -> Tensor:
+    return prompts(19 if name == "coca" else 20, seed=seed)
 
 
 @pytest.fixture
@@ -111,15 +113,17 @@ class TestAgainstTheHost:
     @pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["p0", "p0.25"])
     @pytest.mark.parametrize("name", MODELS)
     def test_text(self, name: str, dropout: float, dtype: torch.dtype, one_seed: list[int]) -> None:
-        model, tokens = build(name, dropout=dropout), model_prompts(name)
+        model = build(name, dropout=dropout)
         encoders.cast(model, dtype)
         exact = double(model)
-        truth = results(exact.encode_text(tokens, normalize=False), self.text_parameters(exact))
-        parameters = self.text_parameters(model)
-        host = results(model.encode_text(tokens, normalize=False), parameters)
-        ours = results(encoders.encode_text(model, tokens), parameters)
-        assert ours.keys() == host.keys() and len(ours) > 10
-        assert_within_budget(ours, host, truth, dtype)
+        truth, host, ours = [], [], []
+        for draw in range(DRAWS):
+            tokens, parameters = model_prompts(name, draw), self.text_parameters(model)
+            truth.append(results(exact.encode_text(tokens, normalize=False), self.text_parameters(exact)))
+            host.append(results(model.encode_text(tokens, normalize=False), parameters))
+            ours.append(results(encoders.encode_text(model, tokens), parameters))
+        assert ours[0].keys() == host[0].keys() and len(ours[0]) > 10
+        assert_within_expected_budget(ours, host, truth, dtype)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     @pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["p0", "p0.25"])
@@ -128,13 +132,14 @@ class TestAgainstTheHost:
         model = build(name, dropout=dropout)
         encoders.cast(model, dtype)
         exact = double(model)
-        batch = images().to(dtype)
-        truth = results(exact.encode_image(batch.double(), normalize=False), self.vision_parameters(exact))
-        parameters = self.vision_parameters(model)
-        host = results(model.encode_image(batch, normalize=False), parameters)
-        ours = results(encoders.encode_image(model, batch), parameters)
-        assert ours.keys() == host.keys() and len(ours) > 10
-        assert_within_budget(ours, host, truth, dtype)
+        truth, host, ours = [], [], []
+        for draw in range(DRAWS):
+            batch, parameters = images(seed=draw).to(dtype), self.vision_parameters(model)
+            truth.append(results(exact.encode_image(batch.double(), normalize=False), self.vision_parameters(exact)))
+            host.append(results(model.encode_image(batch, normalize=False), parameters))
+            ours.append(results(encoders.encode_image(model, batch), parameters))
+        assert ours[0].keys() == host[0].keys() and len(ours[0]) > 10
+        assert_within_expected_budget(ours, host, truth, dtype)
 
     @pytest.mark.parametrize("targets", [("q",), ("v",), ("q", "v"), ("o",), ("fc1",), ("fc2",)], ids="-".join)
     def test_each_target_alone(self, targets: tuple[str, ...], one_seed: list[int]) -> None:

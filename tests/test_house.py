@@ -41,7 +41,7 @@ LAYERS = [
     ["autograd"],
     ["backend"],
     ["eager", "kernels"],
-    ["reference"],
+    ["reference", "products"],
     ["rng"],
     ["config"],
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import LoRALinear, LoRAMultiheadAttention
+from ..products import frozen_linear
 from .attention import attend, attend_pooled
 from .packing import Sequences
 
@@ -101,13 +102,15 @@ def _project(attention: Any, x: Tensor, first: int, last: int, step: Step) -> Te
             return attention.project_qkv(x, seed=step.seed, rows=step.rows)
         return attention.project_group(x, first, last, seed=step.seed, rows=step.rows)
     rows = slice(first * attention.embed_dim, last * attention.embed_dim)
-    bias = attention.in_proj_bias
-    return F.linear(x, attention.in_proj_weight[rows], None if bias is None else bias[rows])
+    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[rows]
+    return frozen_linear(x, attention.in_proj_weight[rows], bias)
 
 
 def _linear(layer: Any, x: Tensor, step: Step, factor: float = 1.0) -> Tensor:
     """factor · layer(x)."""
-    if factor != 1.0 and _plain(layer, x):
+    if _plain(layer, x):
+        if factor == 1.0:
+            return frozen_linear(x, layer.weight, layer.bias)
         return torch.addmm(layer.bias, x, layer.weight.T, beta=factor, alpha=factor)
     y = layer(x, seed=step.seed, rows=step.rows) if isinstance(layer, LoRALinear) else layer(x)
     return y if factor == 1.0 else y * factor
@@ -128,6 +131,8 @@ def _plain(layer: Any, x: Tensor) -> bool:
 def _add(x: Tensor, scale: Any, layer: Any, h: Tensor, step: Step, factor: float = 1.0) -> Tensor:
     """x + scale(layer(factor · h)): one product that adds to x where the layer is plain."""
     if isinstance(scale, nn.Identity) and _plain(layer, h) and x.dtype == h.dtype:
+        if factor == 1.0:
+            return frozen_linear(h, layer.weight, layer.bias, x)
         return (x + layer.bias).addmm_(h, layer.weight.T, alpha=factor)
     return x + scale(_linear(layer, h if factor == 1.0 else h * factor, step))
 
