@@ -74,6 +74,6 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and len(x) > 0
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and (weight.is_contiguous() or weight.T.is_contiguous())  # any other weight takes a loop a thousand times slower
     )
