@@ -43,6 +43,7 @@ class Contestant:
 
     name = ""
     trains = "adapters"
+    compiles = False  # whether Inductor compiles it, which takes half a minute a case on a CPU
 
     def missing(self, case: Case) -> str | None:
         """Why this contestant cannot run the case here, or None."""
@@ -157,10 +158,10 @@ def _compiled() -> Callable[..., list[Tensor]]:
 class Compiled(Contestant):
     """torch.compile of the textbook. Its masks come from Inductor, so with dropout the gate checks it at p = 0."""
 
-    name = "torch.compile(textbook)"
+    name, compiles = "torch.compile(textbook)", True
 
     def missing(self, case: Case) -> str | None:
-        return None if case.device.startswith("cuda") else "on a CPU each case takes half a minute to compile"
+        return None if case.device.startswith("cuda") else "on a CPU each case takes half a minute to compile: --profile full"
 
     def prepare(self, inputs: InputSet, drop: Drop | None) -> LayerForward:
         case = inputs.case

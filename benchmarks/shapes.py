@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class Case:
     def name(self) -> str:
         kind = f"{self.kind} {self.m}x{self.k}->{self.n}"
         return f"{kind} r={self.rank} p={self.dropout:g} {str(self.dtype).removeprefix('torch.')}"
+
+    def row(self) -> dict[str, Any]:
+        """What a results file keeps of it."""
+        return {"case": self.name, **dataclasses.asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def scale(self) -> float:

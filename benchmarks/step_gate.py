@@ -69,7 +69,8 @@ def _results(contestant: Trainee, dtype: torch.dtype | None = None) -> list[Resu
         if dtype is None:
             logits = contestant.logits(images)
         else:
-            image, text = (F.normalize(f, dim=-1) for f in contestant.features(images.to(dtype)))
+            features = contestant.image_features(images.to(dtype)), contestant.text_features()
+            image, text = (F.normalize(f, dim=-1) for f in features)
             logits = 100.0 * image @ text.T
         F.cross_entropy(logits if dtype else logits.float(), labels).backward()
         found.append({k: v.clone() for k, v in contestant.gradients().items()} | {"logits": logits.detach()})
@@ -87,7 +88,7 @@ def _plain(trainee: type[Trainee], job: Job, adapters: Adapters, dtype: torch.dt
 
 @functools.lru_cache(maxsize=4)
 def _expected(job: Job, trains: str, half: torch.dtype | None) -> tuple[list[Results], list[Results]]:
-    adapters = starting_adapters(job, host(job))
+    adapters = starting_adapters(job)
     if trains == "adapters":
         return _merged(job, adapters, torch.float32, half), _merged(job, adapters, torch.float64, None)
     trainee = Frozen if trains == "nothing" else FullFineTuning
@@ -97,7 +98,7 @@ def _expected(job: Job, trains: str, half: torch.dtype | None) -> tuple[list[Res
 def gate(trainee: type[Trainee], job: Job) -> list[tuple[bool, str]]:
     """For logits and each tower's gradients whether they are within the error budget, and a line; dropout off."""
     small = dataclasses.replace(job, classes=4, batch=4, dropout=0.0)
-    contestant = trainee(small, starting_adapters(small, host(small)))
+    contestant = trainee(small, starting_adapters(small))
     half = contestant.compute_dtype if contestant.compute_dtype != torch.float32 else None
     eager, truth = _expected(small, trainee.trains, half)
     return expected_budget_report(_results(contestant), eager, truth, contestant.compute_dtype)
@@ -110,6 +111,6 @@ def drops_out(contestant: Trainee) -> bool:
     images, _ = inputs(job, 0)
     before = contestant.prompts
     contestant.read(few_prompts(job, 0))
-    first, second = contestant.features(images), contestant.features(images)
+    first, second = ((contestant.image_features(images), contestant.text_features()) for _ in range(2))
     contestant.read(before)
     return all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
     """`linear`, differentiable in x and add; in weight and bias too where they are trained, by torch's own product."""
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or not _on_cpu(x) or torch.is_autocast_enabled("cpu"):
+    if trained or torch.is_autocast_enabled(x.device.type) or not _onednn(x, weight):
         return _torch(x, weight, bias, add)
     return _FrozenLinear.apply(x, weight, bias, add)
 
@@ -65,18 +65,15 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -
     return (add.clone() if bias is None else add + bias).addmm_(x, weight.T)
 
 
-def _on_cpu(x: Tensor) -> bool:
-    """Whether x is float32 on a CPU whose torch has oneDNN. 16-bit products go there anyway."""
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN computes: float32 on a CPU whose torch has it. 16-bit products go there anyway."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and 0 < x.shape[1] <= _LONGEST
         and len(x) > 0
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
+        and (weight.is_contiguous() or weight.T.is_contiguous())  # any other weight takes a loop a thousand times slower
     )
-
-
-def _onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes x weightᵀ: it would be slower than a BLAS by a factor of a thousand on a weight with gaps."""
-    return _on_cpu(x) and 0 < x.shape[1] <= _LONGEST and (weight.is_contiguous() or weight.T.is_contiguous())

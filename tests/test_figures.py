@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = importlib.util.spec_from_file_location("few_shot_table", ROOT / "examples" / "few_shot_table.py")
-assert SPEC is not None and SPEC.loader is not None
-few_shot_table = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(few_shot_table)
+sys.path.insert(0, str(ROOT / "benchmarks"))  # benchmarks/ is a folder of scripts, not a package
+
+import pages  # noqa: E402
 
 
-@pytest.mark.parametrize("path", few_shot_table.PAGES, ids=lambda p: p.name)
-def test_few_shot_table_is_that_of_the_rows(path: Path) -> None:
-    rows = [json.loads(line) for line in few_shot_table.ROWS.read_text().splitlines()]
-    assert few_shot_table.page(path, rows) == path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", pages.pages(), ids=lambda p: p.name)
+def test_tables_are_those_of_the_rows(path: Path) -> None:
+    assert pages.render(path) == path.read_text(encoding="utf-8"), "run python benchmarks/pages.py"
+
+
+def test_figure_is_that_of_the_rows() -> None:
+    assert pages.figure_agrees(), "run python benchmarks/pages.py"
+
+
+def test_a_changed_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is made anew whatever it holds; one that nothing makes is an error."""
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- probe -->\n2\n<!-- end of probe -->\nb\n")
+    monkeypatch.setitem(pages.BLOCKS, "probe", lambda path: "1")
+    assert pages.render(page) == "a\n<!-- probe -->\n1\n<!-- end of probe -->\nb\n"
+    monkeypatch.delitem(pages.BLOCKS, "probe")
+    with pytest.raises(KeyError):
+        pages.render(page)
 
 
 def test_mini_clips_card_has_the_figures_of_its_log() -> None:

@@ -33,6 +33,7 @@ PUBLIC = [
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["bench"],
     ["fewshot"],
     ["patch", "encoders", "checkpoint", "mini"],
     ["hosts"],

@@ -5,11 +5,16 @@ from __future__ import annotations
 from .common import Adapters, Job, Trainee, few_prompts, host, inputs, prompts, starting_adapters
 from .frozen import Frozen
 from .full import FullFineTuning
-from .library import FastLoRA
+from .library import CompiledFastLoRA, FastLoRA, Patched, SharedPrefix
 from .paper import Paper
 from .peft import Peft
-from .textbook import Textbook
+from .textbook import CompiledTextbook, Textbook
 
 __all__ = ["TRAINEES", "Adapters", "Job", "Trainee", "few_prompts", "host", "inputs", "prompts", "starting_adapters"]
 
-TRAINEES: dict[str, type[Trainee]] = {t.name: t for t in (Frozen, FastLoRA, Textbook, Paper, Peft, FullFineTuning)}
+TRAINEES: dict[str, type[Trainee]] = {
+    trainee.name: trainee
+    for trainee in (
+        Frozen, FastLoRA, SharedPrefix, Patched, CompiledFastLoRA, Textbook, CompiledTextbook, Paper, Peft, FullFineTuning
+    )
+}  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import json
 import random
 from typing import Any
 
@@ -90,6 +92,7 @@ class Job:
     """What is trained: the recipe of CLIP-LoRA (q, k, v of both encoders) on random weights and images.
 
     model: a name of open_clip's list, or "mini" for the model that ships with fastlora.
+    depth, width: blocks and width of both towers, for "mini" only; None for its own.
     """
 
     model: str = "ViT-B-32"
@@ -99,10 +102,17 @@ class Job:
     dropout: float = 0.25
     device: str = "cpu"
     seed: int = 0
+    depth: int | None = None
+    width: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model} batch {self.batch} classes {self.classes} r={self.rank} p={self.dropout:g}"
+        size = "".join(f" {key} {value}" for key in ("depth", "width") if (value := getattr(self, key)) is not None)
+        return f"{self.model}{size} batch {self.batch} classes {self.classes} r={self.rank} p={self.dropout:g}"
+
+    def row(self) -> dict[str, Any]:
+        """What a results file keeps of it."""
+        return {"case": self.name, **dataclasses.asdict(self)}
 
     @property
     def scale(self) -> float:
@@ -115,12 +125,31 @@ Adapters = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
 
 def host(job: Job) -> Any:
     """The open_clip model at random weights of the job's seed, in training mode."""
-    torch.manual_seed(job.seed)
-    model = mini.build() if job.model == "mini" else open_clip.create_model(job.model)
-    for name, parameter in model.named_parameters():
+    return copy.deepcopy(built(job.model, job.seed, job.depth, job.width)).to(job.device).train()
+
+
+@functools.lru_cache(maxsize=1)
+def built(model: str, seed: int, depth: int | None, width: int | None) -> Any:
+    """The host itself, on the CPU: drawing 150 million random weights takes longer than a copy."""
+    torch.manual_seed(seed)
+    made = _mini(depth, width) if model == "mini" else open_clip.create_model(model)
+    for name, parameter in made.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.02)  # they start at zero, where one that is lost would not show
-    return model.to(job.device).train()
+    return made
+
+
+def _mini(depth: int | None, width: int | None) -> Any:
+    """The mini CLIP, or the same with towers of another depth or width."""
+    if depth is None and width is None:
+        return mini.build()
+    config = json.loads((mini.FOLDER / "config.json").read_text())
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower] |= {"layers": depth} if depth is not None else {}
+        config[tower] |= {"width": width} if width is not None else {}
+    if width is not None:
+        config["text_cfg"]["heads"] = max(1, width // 64)
+    return open_clip.CLIP(**config)
 
 
 def blocks(model: Any) -> dict[str, list[Any]]:
@@ -157,8 +186,9 @@ def inputs(job: Job, number: int) -> tuple[Tensor, Tensor]:
     return images.to(job.device), labels.to(job.device)
 
 
-def starting_adapters(job: Job, model: Any) -> Adapters:
+def starting_adapters(job: Job) -> Adapters:
     """A as every LoRA starts, B small but not zero, so that every gradient can be checked."""
+    model = built(job.model, job.seed, job.depth, job.width)
     generator = torch.Generator().manual_seed(job.seed)
     adapters: Adapters = {}
     for tower, rows in blocks(model).items():
@@ -176,6 +206,8 @@ class Trainee:
 
     name = ""
     trains = "adapters"
+    compiles = False  # whether Inductor compiles it, which takes a minute or more a case on a CPU
+    packs = False  # whether its text tower skips padding: then 1000 classes fit in memory at once
     half: torch.dtype | None = torch.bfloat16  # the dtype of its autocast on a GPU
     cast_once = True  # frozen weights are put into that dtype before training: autocast would do so at every call
 
@@ -193,7 +225,8 @@ class Trainee:
             cast(self.model, self.compute_dtype)
         if trained := self.trained():
             # fused: one kernel on a GPU, and the fastest form on a CPU as well
-            self.optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-2, fused=True)
+            capturable = job.device.startswith("cuda")  # so that a CUDA graph can hold the step
+            self.optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-2, fused=True, capturable=capturable)
         self.read(prompts(job))
 
     def read(self, texts: list[str]) -> None:
@@ -219,14 +252,19 @@ class Trainee:
         """What the optimizer updates."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (batch, D) and text features (classes, D), as the towers give them."""
+    def image_features(self, images: Tensor) -> Tensor:
+        """(batch, D), as the tower gives them."""
         with self.autocast():
-            return self.model.encode_image(images), self.model.encode_text(self.tokens)
+            return self.model.encode_image(images)
+
+    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
+        """(classes, D), as the tower gives them, of the classes first … last-1."""
+        with self.autocast():
+            return self.model.encode_text(self.tokens[first:last])
 
     def logits(self, images: Tensor) -> Tensor:
         """100 x cosine, fp32 (batch, classes)."""
-        image, text = (F.normalize(f.float(), dim=-1) for f in self.features(images))
+        image, text = (F.normalize(f.float(), dim=-1) for f in (self.image_features(images), self.text_features()))
         return 100.0 * image @ text.T
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 import fastlora
 from fastlora.encoders import ImageEncoder, TextEncoder
 
-from .common import Adapters, Trainee, blocks, gather
+from .common import Adapters, Job, Trainee, blocks, gather
 
 
-class FastLoRA(Trainee):
-    """`fastlora.patch` and its encoders."""
+class Patched(Trainee):
+    """`fastlora.patch` alone: the host's own encode methods, as in somebody's own training loop."""
 
-    name = "fastlora"
+    name = "fastlora, host's encoders"
 
     def install(self, adapters: Adapters) -> None:
         job = self.job
@@ -25,11 +25,6 @@ class FastLoRA(Trainee):
             for key, mine in self._pairs(lambda p: p).items():
                 for target, value in zip(mine, adapters[key], strict=True):
                     target.copy_(value)
-        self.images = ImageEncoder(self.model)
-
-    def read(self, texts: list[str]) -> None:
-        super().read(texts)
-        self.text = TextEncoder(self.model, self.tokens)
 
     def _pairs(self, of: Callable[[Tensor], Tensor | None]) -> Adapters:
         """(A, B) of each projection, cut out of what `of` gives for the packed parameters."""
@@ -42,8 +37,50 @@ class FastLoRA(Trainee):
                     pairs[tower, block, projection] = pair
         return pairs
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.images(images.to(self.compute_dtype)), self.text()
-
     def gradients(self) -> dict[str, Tensor]:
         return gather(self._pairs(lambda p: p.grad))
+
+
+class FastLoRA(Patched):
+    """`fastlora.patch` and its encoders."""
+
+    name, packs = "fastlora", True
+    share_prefix = False
+
+    def install(self, adapters: Adapters) -> None:
+        super().install(adapters)
+        self.images = ImageEncoder(self.model)
+
+    def read(self, texts: list[str]) -> None:
+        super().read(texts)
+        self.text = TextEncoder(self.model, self.tokens, share_prefix=self.share_prefix)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self.images(images.to(self.compute_dtype))
+
+    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
+        assert (first, last) == (0, None), "all prompts are packed together"
+        return self.text()
+
+
+class SharedPrefix(FastLoRA):
+    """The first tokens that all prompts share are computed once; with dropout the prompts share their masks."""
+
+    name, share_prefix = "fastlora, share_prefix", True
+
+
+class CompiledFastLoRA(FastLoRA):
+    """Both encoders by torch.compile."""
+
+    name, compiles = "fastlora, compiled", True
+
+    def __init__(self, job: Job, adapters: Adapters) -> None:
+        super().__init__(job, adapters)
+        self._image = torch.compile(super().image_features, dynamic=False)
+        self._text = torch.compile(super().text_features, dynamic=False)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self._image(images)
+
+    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
+        return self._text(first, last)

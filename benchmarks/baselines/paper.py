@@ -49,11 +49,14 @@ class Paper(SeparateTrainee):
     def adapted(self, linear: nn.Linear, a: Tensor, b: Tensor) -> nn.Module:
         return DenseLinear(linear, a, b, self.job.scale, self.job.dropout)
 
+    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
+        tokens = self.tokenize(self.prompts[first:last]).to(self.job.device)
+        with self.autocast():
+            return self.model.encode_text(tokens)
+
     def logits(self, images: Tensor) -> Tensor:
         with self.autocast():
-            tokens = self.tokenize(self.prompts).to(self.job.device)
-            text = F.normalize(self.model.encode_text(tokens), dim=-1)
-            image = F.normalize(self.model.encode_image(images), dim=-1)
+            text, image = (F.normalize(f, dim=-1) for f in (self.text_features(), self.image_features(images)))
             return 100.0 * image @ text.T
 
     def step(self, images: Tensor, labels: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .common import SeparateTrainee
+from .common import Adapters, Job, SeparateTrainee
 
 
 class NaiveLinear(nn.Module):
@@ -28,3 +29,20 @@ class Textbook(SeparateTrainee):
 
     def adapted(self, linear: nn.Linear, a: Tensor, b: Tensor) -> nn.Module:
         return NaiveLinear(linear, a, b, self.job.scale, self.job.dropout)
+
+
+class CompiledTextbook(Textbook):
+    """Its encoders by torch.compile."""
+
+    name, compiles = "torch.compile(textbook)", True
+
+    def __init__(self, job: Job, adapters: Adapters) -> None:
+        super().__init__(job, adapters)
+        self._image = torch.compile(super().image_features, dynamic=False)
+        self._text = torch.compile(super().text_features, dynamic=False)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self._image(images)
+
+    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
+        return self._text(first, last)

@@ -1,0 +1,249 @@
+"""Every CPU figure of README and docs/performance.md, by one command on a quiet machine:
+
+    OMP_NUM_THREADS=2 python benchmarks/cpu.py
+
+Three whole runs; each is cut into parts, each part a process and a file of rows under benchmarks/results/cpu/. A part that is
+there is not done again, so a run that was stopped goes on; --fresh starts over. Tables and pictures follow from the rows:
+
+    python benchmarks/pages.py
+
+--tiny proves that all of it runs, in a minute; nothing of it belongs in the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from baselines import TRAINEES, Job
+from machine import RESULTS, ROOT, Ceilings, Rows, ceilings, environment, read_rows
+from memory import counts, measure, ready
+from ops import CONTESTANTS
+from ops import gate as op_gate
+from ops_timing import op_rows
+from shapes import Case
+from steps import checked, seconds_whole, side_by_side, warm_up
+
+Row = dict[str, Any]
+OURS = ["fastlora", "fastlora, share_prefix", "fastlora, host's encoders"]
+EVERYONE = ["frozen", *OURS, "textbook", "the paper's arithmetic", "PEFT", "full fine-tuning"]
+PATCH_ALONE = "fastlora, host's encoders"
+MAIN = [name for name in EVERYONE if name != PATCH_ALONE]
+AGAIN = ["frozen", *OURS[:2], "textbook", "the paper's arithmetic"]
+RUNS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a part is given: the run's number, this process's ceilings, whether sizes are tiny, where the gate's rows lie."""
+
+    run: int
+    limits: Ceilings
+    tiny: bool
+    gates: Path
+
+
+def here(names: list[str]) -> list[str]:
+    """Those that can run."""
+    return [name for name in names if TRAINEES[name].missing() is None]
+
+
+def gates(context: Context) -> list[Row]:
+    """What every step part asks for: each contestant's outputs and gradients are right, and it drops out."""
+    rows = []
+    for model in ("mini",) if context.tiny else ("mini", "ViT-B-32"):
+        for name in here(EVERYONE):
+            try:
+                checked(name, Job(model))
+                row: Row = {"ok": True}
+            except AssertionError as error:
+                row = {"ok": False, "why": str(error)}
+            print(f"{model}: {name} {row}", flush=True)
+            rows.append({"row": "gate", "model": model, "contestant": name} | row)
+    return rows
+
+
+def steps(job: Job, rounds: int, names: list[str], again: list[str], count: list[str]) -> Callable[[Context], list[Row]]:
+    """A part: whole training steps of one job; the first run has all `names`, the next ones those of `again`."""
+
+    def part(context: Context) -> list[Row]:
+        mine = dataclasses.replace(job, model="mini", batch=2, classes=min(job.classes, 3)) if context.tiny else job
+        passed = {
+            r["contestant"] for r in read_rows(context.gates) if r["row"] == "gate" and r["model"] == mine.model and r["ok"]
+        }
+        wanted = [name for name in here(names if context.run == 1 else again) if name in passed]
+        wanted = wanted[: 2 if context.tiny and job.classes > 10 else None]
+        counted = count if context.run == 1 else []  # counts are the same in every run
+        return side_by_side(mine, wanted, 1 if context.tiny else rounds, context.limits, counted, gated=True)
+
+    return part
+
+
+def memory(context: Context) -> list[Row]:
+    """Peak memory in fresh processes: all at 100 classes; ours and the paper's at fewer, so that both can be fitted."""
+    base = Job("mini" if context.tiny else "ViT-B-32", batch=2 if context.tiny else 32)
+    plan = [(10, ["fastlora", "the paper's arithmetic"]), (50, ["the paper's arithmetic"]), (100, MAIN)]
+    plan += [(1000, ["fastlora", "fastlora, share_prefix"])]
+    rows = []
+    for classes, names in plan[: 1 if context.tiny else None]:
+        job = dataclasses.replace(base, classes=classes)
+        for name in here(names):
+            if found := measure(name, job):
+                rows.append({"row": "memory", **job.row(), "contestant": name, **found})
+                print(f"{job.name}: {name} {found}", flush=True)
+    return rows
+
+
+def ops(context: Context) -> list[Row]:
+    """One adapted layer: packed q, k, v, a linear, an MLP."""
+    m, d = (24, 32) if context.tiny else (1600, 768)
+    cases = [Case("qkv", m, d, 3 * d, 3, rank, p) for rank in (2, 16) for p in (0.0, 0.25)]
+    cases += [Case("linear", m, d, d, 1, 16, 0.25), Case("mlp", m, d, 4 * d, 1, 16, 0.25)]
+    rows: list[Row] = []
+    for case in cases:
+        ready_here = [c for c in CONTESTANTS if c.missing(case) is None]
+        for contestant in ready_here:
+            red = [line for ok, line in op_gate(contestant, case) if not ok]
+            assert not red, f"{contestant.name} is wrong, so it is not timed: {red}"
+        rows += op_rows(case, ready_here, 1 if context.tiny else 5, context.limits)
+    return rows
+
+
+SCALES: dict[str, list[Job]] = {
+    "classes": [Job("mini", classes=n) for n in (10, 30, 100, 300, 1000)],
+    "batch": [Job("mini", classes=10, batch=n) for n in (8, 32, 128)],
+    "rank": [Job("mini", classes=10, rank=n) for n in (2, 8, 32, 64)],
+    "depth": [Job("mini", classes=10, depth=n) for n in (2, 4, 8, 12)],
+    "width": [Job("mini", classes=10, width=n) for n in (64, 128, 256, 512)],
+}
+
+
+def scaling(axis: str) -> Callable[[Context], list[Row]]:
+    """A part: the cost of a step as one size grows."""
+
+    def part(context: Context) -> list[Row]:
+        jobs = SCALES[axis][: 2 if context.tiny else None]
+        names = ["frozen", "fastlora", "textbook", "the paper's arithmetic"][: 2 if context.tiny else None]
+        rows = []
+        for job in jobs:
+            mine = dataclasses.replace(job, batch=2) if context.tiny and axis != "batch" else job
+            found = side_by_side(mine, names, 1 if context.tiny else 2, context.limits, gated=context.tiny)
+            rows += [row | {"row": "scaling", "axis": axis, "size": getattr(job, axis)} for row in found]
+        return rows
+
+    return part
+
+
+def agreement(context: Context) -> list[Row]:
+    """The harness's PEFT and textbook beside plain.py's, a process of its own."""
+    job = Job("mini", batch=2, classes=3) if context.tiny else Job("ViT-B-32", classes=10)
+
+    def plain() -> list[Row]:
+        command = [sys.executable, str(ROOT / "benchmarks" / "plain.py"), "--classes", str(job.classes), "--steps", "2"]
+        command += ["--tiny"] if context.tiny else []
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+        assert done.returncode == 0, f"benchmarks/plain.py failed:\n{done.stderr[-2000:]}"
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    outside = plain()
+    inside: list[Row] = []
+    for name in ("PEFT", "textbook"):
+        contestant = ready(TRAINEES[name], job)
+        warm_up(contestant)
+        inside += [{"contestant": name, "seconds": seconds_whole(contestant, number)} for number in (1, 2)]
+        del contestant
+    common = {"row": "agreement", **job.row()}
+    return [common | {"where": where} | row for where, rows in (("inside", inside), ("outside", outside)) for row in rows]
+
+
+def counted(context: Context) -> list[Row]:
+    """What is the same on every machine: FLOPs of a patched model over the frozen one; bytes one packed q, k, v saves."""
+    import fastlora
+    from measure import saved_bytes
+
+    job = Job("mini" if context.tiny else "ViT-B-32", batch=2, classes=4, rank=16)
+    flops = {name: counts(ready(TRAINEES[name], job))["flops"] for name in ("frozen", "fastlora, host's encoders")}
+    rows: list[Row] = [{"row": "counted", **job.row(), "contestant": name, "flops": n} for name, n in flops.items()]
+    m, d, rank = 1600, 768, 16
+    x, w, bias = torch.randn(m, d, requires_grad=True), torch.randn(3 * d, d), torch.randn(3 * d)
+    a, b = torch.randn(3, rank, d, requires_grad=True), torch.randn(3 * d, rank, requires_grad=True)
+    saved = saved_bytes(lambda: fastlora.lora_linear(x, w, bias, a, b, scale=1.0, dropout=0.25), [w, bias, a, b])
+    return [*rows, {"row": "counted", "case": f"qkv {m}x{d}->{3 * d} r={rank} p=0.25", "saved_over_x": saved / x.nbytes}]
+
+
+# name -> (what it does, whether every run repeats it)
+PARTS: dict[str, tuple[Callable[[Context], list[Row]], bool]] = {
+    "gate": (gates, False),
+    "step-vit-b-32-100": (steps(Job("ViT-B-32", classes=100), 1, MAIN, AGAIN, OURS[:2]), True),
+    "step-vit-b-32-1000": (steps(Job("ViT-B-32", classes=1000), 1, MAIN, AGAIN, OURS[:2]), True),
+    "step-vit-b-32-10": (steps(Job("ViT-B-32", classes=10), 1, EVERYONE, AGAIN, EVERYONE), True),
+    "step-mini-10": (steps(Job("mini", classes=10), 5, EVERYONE, EVERYONE, EVERYONE), True),
+    "step-mini-100": (steps(Job("mini", classes=100), 3, EVERYONE, EVERYONE, EVERYONE), True),
+    "agreement": (agreement, False),
+    "ops": (ops, False),
+    "memory": (memory, False),
+    "counted": (counted, False),
+    **{f"scaling-{axis}": (scaling(axis), False) for axis in SCALES},
+}
+
+
+def do_part(name: str, run: int, out: Path, tiny: bool) -> None:
+    """Measure one part in this process; its file appears when it is complete."""
+    device = torch.device("cpu")
+    limits = ceilings(device, torch.float32, 0.01 if tiny else 1.0, size=128 if tiny else None)
+    path = out / f"run{run}-{name}.jsonl"
+    begun = time.monotonic()
+    found = PARTS[name][0](Context(run, limits, tiny, out / "run1-gate.jsonl"))
+    rows = Rows(path.with_suffix(".partial"), environment(device) | {"part": name, "run": run, "seed": 0})
+    rows.add({"row": "ceilings", **dataclasses.asdict(limits)})
+    for row in found:
+        rows.add(row | {"run": run})
+    rows.add({"row": "end", "seconds": round(time.monotonic() - begun, 1)})
+    rows.path.rename(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """All parts of all runs that are not there yet; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder for the raw rows")
+    parser.add_argument("--runs", type=int, default=RUNS, help="whole runs")
+    parser.add_argument("--only", default="", help="only parts whose name holds this text")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what is there already")
+    parser.add_argument("--tiny", action="store_true", help="sizes that prove nothing but that it runs")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.part:
+        do_part(options.part, options.run, options.out, options.tiny)
+        return 0
+    plan = [(run, name) for run in range(1, options.runs + 1) for name, (_, again) in PARTS.items() if again or run == 1]
+    failed = []
+    for run, name in plan:
+        path = options.out / f"run{run}-{name}.jsonl"
+        if options.only not in name or (path.exists() and not options.fresh):
+            continue
+        print(f"\nrun {run}, {name}", flush=True)
+        if options.tiny:
+            do_part(name, run, options.out, True)
+            continue
+        # a process each, so that no part is timed in the memory that another left behind
+        command = [sys.executable, str(Path(__file__)), "--part", name, "--run", str(run), "--out", str(options.out)]
+        if subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}).returncode:
+            failed.append(f"run {run}, {name}")
+    print(f"\nfailed: {', '.join(failed)}" if failed else f"\nall rows are in {options.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

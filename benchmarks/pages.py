@@ -1,0 +1,129 @@
+"""The tables and the figure of README and docs, made from the committed rows; nothing in them is written by hand.
+
+    python benchmarks/pages.py            makes them
+    python benchmarks/pages.py --check    says which differ, and fails if one does (tests/test_figures.py does the same)
+
+A page holds a table between two marks, `<!-- NAME -->` and `<!-- end of NAME -->`. NAME is a key of BLOCKS below: who adds a
+table adds a line there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastlora.bench import plots, tables
+from fastlora.bench.page import svg
+from fastlora.bench.rows import Row, read
+from fastlora.bench.targets import targets
+
+HOME = Path(__file__).resolve().parents[1]
+RESULTS = HOME / "benchmarks" / "results"
+FIGURE = HOME / "docs" / "overview.svg"
+MARK = re.compile(r"<!-- (?!end of )([^>]+?) -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
+MISSING = "Not yet measured."
+
+
+@cache
+def cpu_rows() -> list[Row]:
+    """What benchmarks/cpu.py measured."""
+    return read(RESULTS / "cpu") if (RESULTS / "cpu").is_dir() else []
+
+
+@cache
+def _example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, HOME / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _few_shot(page: Path) -> str:
+    example = _example("few_shot_table")
+    rows = [json.loads(line) for line in example.ROWS.read_text().splitlines()]
+    return example.table(rows, example.PAGES[page])
+
+
+def _cpu(make: Callable[[list[Row]], tables.Table | None]) -> Callable[[Path], str]:
+    def block(page: Path) -> str:
+        table = make(cpu_rows())
+        return MISSING if table is None else table.markdown()
+
+    return block
+
+
+def _steps(model: str, classes: int) -> Callable[[Path], str]:
+    def make(rows: list[Row]) -> tables.Table | None:
+        found = [row for row in rows if row["row"] == "step" and (row["model"], row["classes"]) == (model, classes)]
+        return tables.steps(found, one=True)
+
+    return _cpu(make)
+
+
+# name -> the text of the block, for the page it stands on
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "few-shot table": _few_shot,
+    "machine": _cpu(tables.machine),
+    "targets": _cpu(targets),
+    "layers": _cpu(tables.ops),
+    "memory": _cpu(tables.memory),
+    "scaling": _cpu(tables.scaling),
+    "agreement": _cpu(tables.agreement),
+    "overview": _cpu(tables.overview),
+    **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", "ViT-B-32") for n in (10, 100, 1000)},
+}
+
+
+def render(page: Path) -> str:
+    """The page's text with every block made anew.
+
+    Raises:
+        KeyError: a block that nothing here makes.
+    """
+    return MARK.sub(
+        lambda found: f"<!-- {found[1]} -->\n{BLOCKS[found[1]](page)}\n<!-- end of {found[1]} -->",
+        page.read_text(encoding="utf-8"),
+    )
+
+
+def pages() -> list[Path]:
+    """README and docs, those that hold a block."""
+    every = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+    return [path for path in every if MARK.search(path.read_text(encoding="utf-8"))]
+
+
+def figure_values() -> str:
+    """What the figure shows, as it is kept in the figure's own description."""
+    return json.dumps(plots.overview(cpu_rows()), ensure_ascii=True, sort_keys=True)
+
+
+def figure_agrees() -> bool:
+    """Whether the committed figure is that of the rows: pixels differ between versions of matplotlib, values do not."""
+    import html
+
+    return not cpu_rows() or (FIGURE.is_file() and figure_values() in html.unescape(FIGURE.read_text(encoding="utf-8")))
+
+
+def main() -> int:
+    """Make or check; 1 if a check found a difference."""
+    if "--check" in sys.argv[1:]:
+        wrong = [str(path) for path in pages() if render(path) != path.read_text(encoding="utf-8")]
+        wrong += [] if figure_agrees() else [str(FIGURE)]
+        print(f"not that of the rows: {', '.join(wrong)}" if wrong else "all pages are those of the rows")
+        return bool(wrong)
+    for path in pages():
+        path.write_text(render(path), encoding="utf-8")
+    if cpu_rows() and (figure := plots.hero(cpu_rows())) is not None:
+        FIGURE.write_text(svg(figure, figure_values()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

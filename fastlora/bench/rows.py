@@ -1,0 +1,94 @@
+"""Rows as benchmarks write them: JSON lines, each file with a header (machine, versions, commit, date) and its ceilings."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..fewshot.errors import UserError
+
+__all__ = ["FLOOR", "OURS", "Row", "fit", "latest", "median", "pick", "read", "spread", "with_floor"]
+
+Row = dict[str, Any]
+FLOOR, OURS = "frozen", "fastlora"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a .jsonl file, or of all below a folder, each with its file's header under "env" and ceilings under "limits".
+
+    Raises:
+        UserError: nothing there, or a line that is no row.
+    """
+    if not path.exists():
+        raise UserError(f"ROWS {path} does not exist: give a .jsonl file or a folder of them, as `make bench` writes")
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"ROWS {path} holds no .jsonl file")
+    return [row for file in files for row in _read(file)]
+
+
+def _read(file: Path) -> list[Row]:
+    rows: list[Row] = []
+    env: Row = {}
+    limits: Row = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number} is not a JSON object: not a file of benchmark rows")
+        kind = row.get("row")
+        if kind == "run":
+            env = row
+        elif kind == "ceilings":
+            limits = row
+        elif kind is not None:
+            rows.append(row | {"env": env, "limits": limits, "file": file.name})
+    return rows
+
+
+def pick(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Rows whose values are these."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def latest(rows: list[Row], *keys: str) -> list[Row]:
+    """Of rows with the same keys and the same run number only the one measured last."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: str(row["env"].get("date", ""))):
+        found[(*(row.get(key) for key in keys), row.get("run"))] = row
+    return list(found.values())
+
+
+def median(rows: Iterable[Row], value: Callable[[Row], float | None] | str) -> float | None:
+    """The median over rows (whole runs) of one value; None where no row has it."""
+    read_value = value if callable(value) else (lambda row: row.get(value))
+    values = [found for row in rows if (found := read_value(row)) is not None]
+    return statistics.median(values) if values else None
+
+
+def spread(values: list[float]) -> float | None:
+    """The largest distance of a value from their median, as a share of it; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    middle = statistics.median(values)
+    return max(abs(value - middle) for value in values) / middle
+
+
+def with_floor(rows: list[Row], *keys: str) -> list[tuple[Row, Row]]:
+    """(row, the floor's row) of each run and of equal keys: both sides of a ratio come from one run."""
+    floors = {(*(row.get(k) for k in keys), row.get("run"), row["file"]): row for row in pick(rows, contestant=FLOOR)}
+    found = ((row, floors.get((*(row.get(k) for k in keys), row.get("run"), row["file"]))) for row in rows)
+    return [(row, floor) for row, floor in found if floor is not None]
+
+
+def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """(factor, exponent) of y = factor · x^exponent by least squares in logarithms; two points or more, all positive."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    slope, offset = statistics.linear_regression(*zip(*logs, strict=True))
+    return math.exp(offset), slope

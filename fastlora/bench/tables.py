@@ -1,0 +1,297 @@
+"""Tables from rows: each a title, heads and cells as text, for a terminal, Markdown and HTML alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .rows import OURS, Row, fit, latest, median, pick, spread
+
+__all__ = ["Table", "agreement", "everything", "machine", "memory", "ops", "overview", "scaling", "steps"]
+
+NONE = "–"  # not measured
+PAPER = "the paper's arithmetic"
+PREFIX = "fastlora, share_prefix"
+CHUNKS = " ᶜ"  # timed in chunks of classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """heads of the columns and rows of cells, the first `text` left-aligned; note: a line below."""
+
+    title: str
+    heads: tuple[str, ...]
+    cells: Sequence[tuple[str, ...]]
+    note: str = ""
+    text: int = 1
+
+    def markdown(self) -> str:
+        """Without the title."""
+        lines = ["| " + " | ".join(self.heads) + " |", "|" + "---|" * self.text + "---:|" * (len(self.heads) - self.text)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.cells]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])])
+
+    def html(self) -> str:
+        """A <table> with its title and note."""
+
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            classes = [""] * self.text + [' class="n"'] * (len(cells) - self.text)
+            return "".join(f"<{tag}{c}>{html.escape(t)}</{tag}>" for c, t in zip(classes, cells, strict=True))
+
+        body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in self.cells)
+        note = f"<p class='soft'>{html.escape(self.note)}</p>" if self.note else ""
+        return f"<h2>{html.escape(self.title)}</h2><table><tr>{row(self.heads, 'th')}</tr>{body}</table>{note}"
+
+    def rich(self) -> Any:
+        """A rich.table.Table."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        for i, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if i >= self.text else "left", overflow="fold")
+        for cells in self.cells:
+            table.add_row(*cells)
+        return table
+
+
+def seconds(value: float | None) -> str:
+    """Milliseconds as readable text."""
+    if value is None:
+        return NONE
+    return f"{value / 1e3:.2f} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def size(value: float | None) -> str:
+    """Bytes as readable text."""
+    if value is None:
+        return NONE
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio as text."""
+    return NONE if value is None else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    """A share as text."""
+    return NONE if value is None else f"{100 * value:.0f} %"
+
+
+def ordered(rows: list[Row], key: str) -> list[Any]:
+    """The values of a key, in order of appearance."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def over(rows: list[Row], name: str, base: str) -> list[float]:
+    """Of each run the time of one contestant over another's; both come from one file."""
+    mine, theirs = ({(r.get("run"), r["file"]): r["median_ms"] for r in pick(rows, contestant=n)} for n in (name, base))
+    return [mine[key] / theirs[key] for key in mine if key in theirs]
+
+
+def machine(rows: list[Row]) -> Table | None:
+    """What the rows were measured on."""
+    found = list({row["env"].get("date"): (row["env"], row["limits"]) for row in rows if row["env"]}.values())
+    if not found:
+        return None
+    env = found[-1][0]
+    versions = env.get("versions", {})
+    cells = [("machine", f"{env.get('gpu') or env.get('cpu')}, {env.get('cores')} cores, {env.get('threads')} threads")]
+    if env.get("driver"):
+        cells.append(("driver", f"{env['driver']}, CUDA {env.get('cuda')}"))
+    cells.append(("versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v)))
+    dates, commits = (sorted({str(e.get(key)) for e, _ in found if e.get(key)}) for key in ("date", "commit"))
+    cells += [("date", " to ".join(dict.fromkeys((dates[0][:16], dates[-1][:16])))), ("commit", ", ".join(commits))]
+    for key, unit, scale in (("flops", "GFLOP/s", 1e9), ("bandwidth", "GB/s", 1e9)):
+        values = [limits[key] / scale for _, limits in found if limits]
+        if values:
+            what = "product of large matrices" if key == "flops" else "copy, read and written"
+            cells.append((what, f"{statistics.median(values):.0f} {unit} ({min(values):.0f} to {max(values):.0f})"))
+    return Table("Machine", ("", "of these rows"), cells)
+
+
+def steps(rows: list[Row], *, one: bool = False) -> Table | None:
+    """Whole training steps: time, over the floor, over fastlora, share of the machine's GEMM speed, saved bytes.
+
+    one: whether all rows are of one job, whose name then needs no column.
+    """
+    found = [row for row in pick(rows, row="step") if row["method"] != "graph"]
+    cells = []
+    for name in ordered(found, "case"):
+        of_case = latest(pick(found, case=name), "contestant", "method")
+        for contestant in ordered(of_case, "contestant"):
+            mine = pick(of_case, contestant=contestant)
+            times = over(of_case, contestant, OURS)
+            noise = spread(times)
+            cells.append(
+                (
+                    *(() if one else (name,)),
+                    contestant + (CHUNKS if mine[0]["method"] == "chunks" else ""),
+                    seconds(median(mine, "median_ms")),
+                    ratio(median(mine, "over_frozen")),
+                    ratio(statistics.median(times) if times else None) + (f" ± {100 * noise:.0f} %" if noise else ""),
+                    percent(median(mine, "share_of_gemm_speed")),
+                    size(median(mine, "saved_bytes")),
+                )
+            )
+    if not cells:
+        return None
+    heads = ("method", "a step", "over frozen", "over fastlora", "of GEMM speed", "saved for backward")
+    note = f"{CHUNKS.strip()} timed in chunks of 50 classes: a whole step does not fit in memory." if any(
+        CHUNKS in cell for row in cells for cell in row) else ""  # fmt: skip
+    title = f"One training step: {found[0]['case']}" if one else "Training steps"
+    return Table(title, heads if one else ("step", *heads), cells, note, 1 if one else 2)
+
+
+def overview(rows: list[Row]) -> Table | None:
+    """The paper's model on one page: a step by number of classes, each method's time over fastlora's, and its peak memory."""
+    found = pick(rows, row="step", model="ViT-B-32", batch=32)
+    cases = {row["classes"]: row["case"] for row in found}
+    if not cases:
+        return None
+    cells = []
+    for name in (OURS, PREFIX, "textbook", "PEFT", "full fine-tuning", PAPER):
+        line = [name]
+        for case in cases.values():
+            mine, times = pick(found, case=case, contestant=name), over(pick(found, case=case), name, OURS)
+            mark = CHUNKS if mine and mine[0]["method"] == "chunks" else ""
+            line.append(f"{seconds(median(mine, 'median_ms'))}{mark}, {ratio(statistics.median(times))} ×" if times else NONE)
+        peak = median(pick(rows, row="memory", model="ViT-B-32", classes=100, contestant=name), "peak_bytes")
+        cells.append((*line, size(peak)))
+    note = f"{CHUNKS.strip()} timed in chunks of 50 classes: a whole step does not fit in memory."
+    heads = ("method", *(f"{classes} classes" for classes in cases), "peak memory, 100 classes")
+    return Table("A training step of ViT-B-32", heads, cells, note if any(CHUNKS in c for r in cells for c in r) else "")
+
+
+def graph_steps(rows: list[Row]) -> Table | None:
+    """Whole steps on a GPU: by events and by replay of a CUDA graph."""
+    found = [row for row in pick(rows, row="step") if row["method"] in ("events", "graph")]
+    cells = []
+    for case in ordered(found, "case"):
+        for contestant in ordered(pick(found, case=case), "contestant"):
+            mine = pick(found, case=case, contestant=contestant)
+            times = [median(pick(mine, method=method), "median_ms") for method in ("events", "graph")]
+            cells.append((case, contestant, *map(seconds, times)))
+    return Table("Steps on a GPU", ("step", "method", "events", "graph replay"), cells, text=2) if cells else None
+
+
+def ops(rows: list[Row], *, one: bool = False) -> Table | None:
+    """One adapted layer: each phase over the frozen layer's, and the share of the roofline of both.
+
+    one: whether all rows are of one layer, whose name then needs no column.
+    """
+    found = pick(rows, row="op")
+    cells = []
+    for case in ordered(found, "case"):
+        for method in ordered(pick(found, case=case), "method"):
+            of_case = pick(found, case=case, method=method)
+            for contestant in ordered(of_case, "contestant"):
+                mine = pick(of_case, contestant=contestant)
+                both = pick(mine, phase="both")
+                phases = [median(pick(mine, phase=phase), "over_frozen") for phase in ("forward", "backward", "both")]
+                end = (median(both, "median_ms"), median(both, "share_of_roofline"), median(both, "saved_bytes"))
+                label = case if method == "clock" else f"{case}, {method}"
+                line = (*map(ratio, phases), seconds(end[0]), percent(end[1]), size(end[2]))
+                cells.append((*(() if one else (label,)), contestant, *line))
+    heads = ("method", "forward", "backward", "both, over frozen", "both", "of roofline", "saved")
+    if not cells:
+        return None
+    if one:
+        return Table(f"One adapted layer: {found[0]['case']}", heads, cells)
+    return Table("One adapted layer", ("layer", *heads), cells, text=2)
+
+
+def memory(rows: list[Row]) -> Table | None:
+    """Peak memory of a step in a fresh process."""
+    found = [row for row in rows if "peak_bytes" in row]
+    cells = []
+    for case in ordered(found, "case"):
+        of_case = pick(found, case=case)
+        ours = median(pick(of_case, contestant=OURS), "peak_bytes")
+        for contestant in ordered(of_case, "contestant"):
+            mine = pick(of_case, contestant=contestant)
+            peak, growth = median(mine, "peak_bytes"), median(mine, "growth_bytes")
+            part = ours / peak if ours and peak else None
+            cells.append((case, contestant, size(peak), size(growth), ratio(part)))
+        if (paper := _extrapolated(found, of_case)) and ours:
+            cells.append((case, f"{PAPER} ᵉ", size(paper[0]), size(paper[1]), ratio(ours / paper[0])))
+    heads = ("step", "method", "peak", "growth over the state before the first step", "fastlora's peak over it")
+    fewer = map(str, sorted({row["classes"] for row in pick(found, contestant=PAPER)}))
+    note = f"ᵉ extrapolated: a line through {', '.join(fewer)} classes." if any("ᵉ" in cell[1] for cell in cells) else ""
+    return Table("Peak memory", heads, cells, note, 2) if cells else None
+
+
+def _extrapolated(rows: list[Row], of_case: list[Row]) -> tuple[float, float] | None:
+    """(peak, growth) of the paper's arithmetic where it was not measured: a line through its steps of fewer classes."""
+    if pick(of_case, contestant=PAPER):
+        return None
+    same = [row for row in rows if (row["model"], row["batch"]) == (of_case[0]["model"], of_case[0]["batch"])]
+    fewer = [row for row in pick(same, contestant=PAPER) if row["classes"] < of_case[0]["classes"]]
+    if len({row["classes"] for row in fewer}) < 2:
+        return None
+    found = []
+    for key in ("peak_bytes", "growth_bytes"):
+        line = statistics.linear_regression([row["classes"] for row in fewer], [row[key] for row in fewer])
+        found.append(line.slope * of_case[0]["classes"] + line.intercept)
+    return found[0], found[1]
+
+
+def curves(rows: list[Row], axis: str) -> dict[str, list[tuple[float, float]]]:
+    """Contestant -> points (size, seconds) of one axis."""
+    found = pick(rows, row="scaling", axis=axis)
+    return {
+        name: sorted((size, median(pick(found, contestant=name, size=size), "median_ms") / 1e3)  # type: ignore[operator]
+        for size in ordered(pick(found, contestant=name), "size"))
+        for name in ordered(found, "contestant")
+    }  # fmt: skip
+
+
+def scaling(rows: list[Row]) -> Table | None:
+    """How the cost of a step grows: seconds at the smallest and the largest size, and fitted exponents."""
+    cells = []
+    for axis in ordered(pick(rows, row="scaling"), "axis"):
+        for name, points in curves(rows, axis).items():
+            if len(points) < 2:
+                continue
+            (low, first), (high, last) = points[0], points[-1]
+            slopes = [f"{fit(part)[1]:.2f}" for part in (points, points[-2:])]
+            cells.append((axis, name, f"{low:g}: {seconds(first * 1e3)}", f"{high:g}: {seconds(last * 1e3)}", *slopes))
+    heads = ("grows", "method", "smallest", "largest", "exponent", "exponent, last two sizes")
+    note = "time = c · size^exponent, least squares in logarithms over all sizes, and over the two largest."
+    return Table("Cost as work grows", heads, cells, note, 2) if cells else None
+
+
+def agreement(rows: list[Row]) -> Table | None:
+    """The harness's times beside code of its own process that knows nothing of the harness."""
+    found = pick(rows, row="agreement")
+    cells = []
+    for name in ordered(found, "contestant"):
+        mine = pick(found, contestant=name)
+        runs = []
+        for run in ordered(mine, "run"):
+            inside, outside = (median(pick(mine, run=run, where=where), "seconds") for where in ("inside", "outside"))
+            if inside and outside:
+                runs.append((inside, outside, inside / outside))
+        if runs:
+            inside, outside, part = (statistics.median(column) for column in zip(*runs, strict=True))
+            verdict = "agree" if abs(part - 1) <= 0.1 else "differ by more than 10 %"
+            cells.append((name, seconds(inside * 1e3), seconds(outside * 1e3), ratio(part), verdict))
+    heads = ("method", "in the harness", "outside, on Hugging Face's CLIP", "ratio", "")
+    return Table("Another person's check", heads, cells) if cells else None
+
+
+def _each_case(make: Callable[..., Table | None], rows: list[Row], kind: str) -> list[Table | None]:
+    found = pick(rows, row=kind)
+    return [make(pick(found, case=case), one=True) for case in ordered(found, "case")]
+
+
+def everything(rows: list[Row]) -> list[Table]:
+    """All tables that the rows have something for."""
+    from .targets import targets
+
+    made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), memory(rows)]
+    made += [*_each_case(ops, rows, "op"), scaling(rows), agreement(rows)]
+    return [table for table in made if table is not None]
