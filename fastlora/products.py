@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
     """`linear`, differentiable in x and add; in weight and bias too where they are trained, by torch's own product."""
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     if trained or torch.is_autocast_enabled(x.device.type) or not _onednn(x, weight):
         return _torch(x, weight, bias, add)
     return _FrozenLinear.apply(x, weight, bias, add)

@@ -336,6 +336,22 @@ class TestSharedPrefix:
             assert encoder._packed is not None and encoder._packed.sequences.prefix == 0
             torch.testing.assert_close(encoder(), model.encode_text(some), atol=1e-5, rtol=1e-5)
 
+    def test_a_part_of_the_prompts_has_the_masks_of_the_whole(self) -> None:
+        """As when prompts are sharded over processes: what all share is computed, not what this part shares."""
+        model, tokens = build("clip", dropout=0.5), prompts()[[0, 1, 3, 4, 6]]
+        tokens[3:, 3] = 5  # the last two share one token more
+        whole = encoders.TextEncoder(model, tokens, share_prefix=True)(SEED)
+        prefix = encoders.common_prefix(model, tokens)
+        assert prefix == 3
+        for part in (slice(0, 3), slice(3, 5), slice(4, 5)):
+            ids = torch.arange(len(tokens))[part]
+            mine = encoders.TextEncoder(model, tokens[part], ids=ids, share_prefix=prefix)(SEED)
+            torch.testing.assert_close(mine, whole[part], atol=2e-5, rtol=2e-5)
+
+    def test_a_prefix_that_is_not_shared_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="share_prefix=4, but these prompts share 3"):
+            encoders.TextEncoder(build("clip"), prompts()[[0, 1, 3]], share_prefix=4)
+
 
 class TestTextEncoder:
     @pytest.fixture

@@ -219,3 +219,13 @@ def test_the_command_line_takes_them(model: str, folder: Path, tmp_path: Path, m
     assert {k: values[k] for k in ("kl_weight", "kl_temperature", "lr_ratio", "average", "template")} == {
         "kl_weight": 0.1, "kl_temperature": 4.0, "lr_ratio": 2.0, "average": 0.5, "template": ["a {}.", "the {}."]
     }  # fmt: skip
+
+
+def test_share_prefix_changes_masks_only(model: str, folder: Path, tmp_path: Path) -> None:
+    """Exact without dropout; with it the prompts share the masks of what they share."""
+    for dropout, same in ((0.0, True), (0.25, False)):
+        lora = LoRAConfig(dropout=dropout)
+        plain, shared = tmp_path / f"plain {dropout}", tmp_path / f"shared {dropout}"
+        run(model, folder, plain, lora=lora)
+        run(model, folder, shared, lora=lora, share_prefix=True)
+        assert (losses(shared) == pytest.approx(losses(plain), rel=1e-4)) == same

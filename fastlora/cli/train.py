@@ -104,6 +104,12 @@ def train(
         float,
         typer.Option(help="Share of the last steps whose weights are averaged in the end; try 0.25.", rich_help_panel=BEYOND),
     ] = Recipe.average,
+    share_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefix", help="Compute what all prompts begin with once; it then has one mask.", rich_help_panel=BEYOND
+        ),
+    ] = Recipe.share_prefix,
     base_to_new: Annotated[
         bool,
         typer.Option(
@@ -166,8 +172,8 @@ def train(
             batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas,
             template=tuple(template) if template else None,
             crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, kl_weight=kl_weight,
-            kl_temperature=kl_temperature, lr_ratio=lr_ratio, average=average, base_to_new=base_to_new,
-            precision=precision, lora=lora,
+            kl_temperature=kl_temperature, lr_ratio=lr_ratio, average=average, share_prefix=share_prefix,
+            base_to_new=base_to_new, precision=precision, lora=lora,
         )
     )  # fmt: skip
     from ..fewshot import datasets

@@ -11,7 +11,7 @@ that packing, order and sharding do not change them.
 
 from .image import ImageEncoder, encode_image
 from .precision import cast
-from .text import TextEncoder, encode_text
+from .text import TextEncoder, common_prefix, encode_text
 from .towers import Plan, plan
 
-__all__ = ["ImageEncoder", "Plan", "TextEncoder", "cast", "encode_image", "encode_text", "plan"]
+__all__ = ["ImageEncoder", "Plan", "TextEncoder", "cast", "common_prefix", "encode_image", "encode_text", "plan"]

@@ -13,7 +13,7 @@ from .blocks import Step, run_block
 from .packing import PackedPrompts, pack, shared_prefix
 from .towers import TextTower, first_live, seed_for, text_tower
 
-__all__ = ["TextEncoder", "encode_text"]
+__all__ = ["TextEncoder", "common_prefix", "encode_text"]
 
 
 def encode_text(
@@ -23,7 +23,7 @@ def encode_text(
     normalize: bool = False,
     seed: int | Tensor | None = None,
     ids: Tensor | None = None,
-    share_prefix: bool = False,
+    share_prefix: bool | int = False,
 ) -> Tensor:
     """`model.encode_text(tokens)` without the padding.
 
@@ -38,7 +38,8 @@ def encode_text(
             host's own method runs (`plan` says where), each layer draws its own.
         ids: (n,) integers, the identity of each prompt, default 0 … n-1: with the same seed a prompt with the same identity
             has the same masks in whatever batch. Keys the dropout masks only.
-        share_prefix: compute the first tokens that all prompts have in common once. The same result without dropout; with it
+        share_prefix: compute the first tokens that all prompts have in common once, or so many of them (where these prompts are
+            a part of more, as `fastlora.encoders.common_prefix` of all gives). The same result without dropout; with it
             the prompts share the masks of these tokens, those of prompt 0.
 
     Returns:
@@ -46,7 +47,7 @@ def encode_text(
 
     Raises:
         TypeError: a model of another family.
-        ValueError: tokens or ids of another shape.
+        ValueError: tokens or ids of another shape, or a share_prefix longer than what the prompts share.
     """
     return TextEncoder(model, tokens, ids=ids, share_prefix=share_prefix, keep=False)(seed, normalize=normalize)
 
@@ -73,7 +74,7 @@ class TextEncoder:
         tokens: Tensor,
         *,
         ids: Tensor | None = None,
-        share_prefix: bool = False,
+        share_prefix: bool | int = False,
         keep: bool = True,
     ) -> None:
         if tokens.ndim != 2 or tokens.dtype.is_floating_point:
@@ -112,11 +113,25 @@ class TextEncoder:
         return self._kept[1]
 
 
-def _pack(tower: TextTower, tokens: Tensor, ids: Tensor | None, share_prefix: bool) -> PackedPrompts | None:
+def common_prefix(model: Any, tokens: Tensor) -> int:
+    """How many first tokens of the prompts (n, L) `share_prefix` computes once; 0 where the tower has no such form."""
+    tower = text_tower(model)
+    if not isinstance(tower, TextTower) or not tower.causal or (lengths := tower.lengths(tokens)) is None:
+        return 0
+    return shared_prefix(tokens, lengths)
+
+
+def _pack(tower: TextTower, tokens: Tensor, ids: Tensor | None, share_prefix: bool | int) -> PackedPrompts | None:
     """None where the host's own method must run: no prompts, too long ones, or such as a short form does not fit."""
     if len(tokens) == 0 or tokens.shape[1] != tower.context - tower.class_token or (lengths := tower.lengths(tokens)) is None:
         return None
-    prefix = shared_prefix(tokens, lengths) if share_prefix and tower.causal else 0
+    prefix = 0
+    if share_prefix and tower.causal:
+        prefix = shared_prefix(tokens, lengths)
+        if share_prefix is not True:
+            if share_prefix > (prefix if len(tokens) > 1 else int(lengths[0]) - 1):
+                raise ValueError(f"share_prefix={share_prefix}, but these prompts share {prefix} first tokens")
+            prefix = share_prefix
     ids = torch.arange(len(tokens)) if ids is None else ids
     reader = tokens.shape[1] if tower.class_token else None
     return pack(tokens, lengths, ids, context=tower.context, causal=tower.causal, prefix=prefix, reader=reader)

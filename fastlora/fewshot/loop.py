@@ -77,7 +77,7 @@ class Loop:
         self._feed = Feed(self.draws.largest, data.store.shape, self.device)
         optimizer = adamw(model, recipe, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        objective = Objective(model, tokens, dtype, ranks, term)
+        objective = Objective(model, tokens, dtype, ranks, term, recipe.share_prefix)
         rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], device=self.device)
         self.average = Average(list(trained_state(model).values()), recipe.average, recipe.steps) if recipe.average else None
         self._step = TrainStep(objective, optimizer, scaler, data, rates, ranks, self.average)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders import ImageEncoder, TextEncoder
+from ..encoders import ImageEncoder, TextEncoder, common_prefix
 from .distributed import Ranks
 from .evaluate import autocast, class_features, class_logits, encode_images
 
@@ -84,10 +84,17 @@ class Objective:
         dtype: of autocast, or None for fp32.
         ranks: the processes that share the work.
         term: added to the cross-entropy, or None.
+        share_prefix: compute the first tokens that all prompts have in common once.
     """
 
     def __init__(
-        self, model: nn.Module, tokens: Tensor, dtype: torch.dtype | None, ranks: Ranks, term: ZeroShotTerm | None = None
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        dtype: torch.dtype | None,
+        ranks: Ranks,
+        term: ZeroShotTerm | None = None,
+        share_prefix: bool = False,
     ) -> None:
         self.model, self.dtype, self.ranks, self.term = model, dtype, ranks, term
         self.classes, self.device = len(tokens), tokens.device
@@ -97,7 +104,10 @@ class Objective:
         prompts = tokens[mine].flatten(0, -2)
         self._mine = mine.stop - mine.start
         first = mine.start * (len(prompts) // self._mine)
-        self._prompts = TextEncoder(model, prompts, ids=torch.arange(first, first + len(prompts)))
+        # of all prompts, not of this rank's: what is shared decides which rows have one mask
+        prefix = common_prefix(model, tokens.flatten(0, -2)) if share_prefix else 0
+        ids = torch.arange(first, first + len(prompts))
+        self._prompts = TextEncoder(model, prompts, ids=ids, share_prefix=prefix)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """This rank's share of the mean loss and of the right answers of a batch, fp32, both on the device."""

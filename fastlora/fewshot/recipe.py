@@ -50,6 +50,7 @@ class Recipe:
         kl_temperature: T, by which both logits are divided in it.
         lr_ratio: the learning rate of lora_B over that of lora_A (LoRA+); 1 for the paper's.
         average: the share of the last steps whose weights are averaged in the end; 0 for the paper's last weights.
+        share_prefix: compute the first tokens that all prompts have in common once a step; with dropout they share its masks.
         base_to_new: train on the first half of the classes alone, test on each half by its own words.
         precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp16; fp32 on the CPU.
         lora: rank, alpha, dropout, targets, encoders, layers, scaling.
@@ -77,6 +78,7 @@ class Recipe:
     kl_temperature: float = 8.0
     lr_ratio: float = 1.0
     average: float = 0.0
+    share_prefix: bool = False
     base_to_new: bool = False
     precision: str = "auto"
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
