@@ -22,7 +22,7 @@ from baselines import TRAINEES, Job, Trainee, inputs
 from machine import Ceilings, synchronize
 from measure import summary
 from memory import counts, ready
-from step_gate import drops_out, gate
+from step_gate import FEW, drops_out, gate
 
 CHUNK = 50
 WHOLE = 300  # classes up to which every contestant's step of a ViT-B-32 fits in 24 GB
@@ -41,7 +41,7 @@ def checked(name: str, job: Job) -> Trainee:
     """
     trainee = TRAINEES[name]
     # the gate looks at few images and classes whatever the job has
-    red = [line for ok, line in _verdict(name, dataclasses.replace(job, classes=4, batch=4)) if not ok]
+    red = [line for ok, line in _verdict(name, dataclasses.replace(job, classes=FEW, batch=FEW)) if not ok]
     assert not red, f"{name} is wrong, so it is not timed: {red}"
     contestant = ready(trainee, job)
     assert trainee.trains != "adapters" or not job.dropout or drops_out(contestant), f"{name} ignores dropout: not timed"
