@@ -2,12 +2,17 @@
 
     python benchmarks/device.py --out benchmarks/results            the measurement
     python benchmarks/device.py --tune --out benchmarks/results     the alternatives of the tile table as well, and nothing else
+    python benchmarks/device.py --step --out benchmarks/results     whole training steps of ViT-B/16, and nothing else
     python benchmarks/device.py --smoke --out /tmp/smoke            the same code at tiny size, on a CPU too
 
 Order: the card's ceilings; the GPU tests; Triton's plain GEMM beside cuBLAS; then each case, the most telling first. Nothing is
 timed before its outputs and gradients agree with the fp64 truth. Every row is on disk as soon as it is known; when the budget
-ends, what was not reached is listed as not measured. Needs torch, triton and the installed package (`pip install --no-deps
---no-build-isolation -e .` where nothing can be fetched); open_clip is not needed.
+ends, what was not reached is listed, and the same command goes on there: rows of the same commit and GPU in --out or
+benchmarks/results are not measured again. Needs torch, triton and the installed package; where nothing can be fetched:
+
+    pip install --no-index --no-deps --no-build-isolation -e .
+    pip download --no-deps -d wheels open_clip_torch ftfy wcwidth peft    # elsewhere, for --step; then carry the folder here
+    pip install --no-index --no-deps wheels/*.whl
 """
 
 from __future__ import annotations
@@ -45,11 +50,33 @@ class Run:
     ceilings: Ceilings
     deadline: float
     smoke: bool
+    done: frozenset[tuple[str, ...]] = frozenset()  # what earlier runs have measured: see `finished`
     broken: bool = False  # a kernel has poisoned the CUDA context: nothing after it can be believed
 
     def left(self) -> float:
         """Seconds until the budget ends."""
         return self.deadline - time.monotonic()
+
+
+def finished(what: str, machine: str, commit: str | None, folders: set[Path]) -> frozenset[tuple[str, ...]]:
+    """What files of this kind, GPU and commit hold: (case, contestant) of ops, and the like of steps and of tuning."""
+    found: set[tuple[str, ...]] = set()
+    for path in [path for folder in folders for path in folder.glob(f"{what}-{machine}-*.jsonl")]:
+        rows = read_rows(path)
+        if not rows or commit is None or rows[0]["commit"] != commit:
+            continue
+        for row in rows:
+            if "median_ms" not in row and not {"refused", "skipped"} & row.keys():
+                continue
+            if row["row"] == "tune":
+                found.add((row["case"], row["phase"], row["change"]))
+            elif row["row"] == "step":
+                found.add((row["case"], row["contestant"], row["engine"]))
+            elif row["row"] == "op" and row.get("phase", "both") == "both":
+                found.add((row["case"], row["contestant"]))
+            elif row["row"] == "gemm":
+                found.add((row["product"], str(row["m"]), str(row["k"]), row["contestant"]))
+    return frozenset(found)
 
 
 def cases(smoke: bool, device: str) -> list[Case]:
@@ -119,6 +146,8 @@ def plain_gemm(run: Run) -> None:
                 truth = pairs[0][0].double() @ pairs[0][1].double().T
                 speed: dict[str, float] = {}
                 for label, product in contestants.items():
+                    if (name, str(m), str(k), label) in run.done:
+                        continue
                     error = float((product(*pairs[0]).double() - truth).abs().max() / truth.abs().max())
                     row = {"row": "gemm", "product": name, "m": m, "k": k, "n": n, "contestant": label, "error": error}
                     if not error <= 4 * torch.finfo(torch.bfloat16).eps:
@@ -175,6 +204,8 @@ def measure_case(run: Run, case: Case, contestants: list[Contestant]) -> None:
     print(f"{case.name}  ({run.left():.0f} s left)", flush=True)
     sets = input_sets(case, run.device)
     for contestant in contestants:
+        if (case.name, contestant.name) in run.done:
+            continue
         # Inductor needs about ten seconds a case: the cases that have a target only
         if "compile" in contestant.name and not run.smoke and (case.k, case.rank) != (768, 16):
             continue
@@ -188,6 +219,20 @@ def measure_case(run: Run, case: Case, contestants: list[Contestant]) -> None:
                 return
 
 
+def measured_points(rows: list[dict[str, Any]], machine: str) -> str:
+    """The times of both backends at K = 768, as kernels/tiles.py holds them: each line belongs to the row of its class."""
+    times: dict[tuple[int, int, float], dict[str, float]] = {}
+    for row in rows:
+        if row["row"] == "op" and row.get("phase") == "both" and row.get("method") == "graph" and row["k"] == 768:
+            times.setdefault((row["rank"], row["m"], row["dropout"]), {})[row["contestant"]] = row["median_ms"] * 1e3
+    lines = [
+        f"  rank {rank}, dropout {p:g}: Measured({machine!r}, {m}, {us['fastlora triton']:.1f}, {us['fastlora eager']:.1f})"
+        for (rank, m, p), us in sorted(times.items())
+        if {"fastlora triton", "fastlora eager"} <= us.keys()
+    ]
+    return "\n".join(["", "for kernels/tiles.py:", *lines]) if lines else ""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run; 0 if everything that was reached is right, 1 if a test or a gate was red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds in all")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--tune", action="store_true", help="time the alternatives of the tile table, nothing else")
+    parser.add_argument("--step", action="store_true", help="time whole training steps, nothing else; needs open_clip")
     parser.add_argument("--no-tests", action="store_true", help="leave out the tests marked gpu")
     parser.add_argument("--without", help="leave out contestants whose name holds this text")
     parser.add_argument("--only", default="", help="only contestants whose name holds this text (and the frozen floor)")
@@ -209,13 +255,20 @@ def main(arguments: list[str] | None = None) -> int:
     header = environment(device)
     stamp = header["date"].replace(":", "").replace("-", "")[:15]
     machine = str(header.get("gpu", "cpu")).replace(" ", "-").lower()
-    what = "tune" if options.tune else "device"
+    what = "tune" if options.tune else "step" if options.step else "device"
+    done = finished(what, machine, header["commit"], {options.out, RESULTS})
     rows = Rows(options.out / f"{what}-{machine}-{stamp}.jsonl", header | {"ceilings": dataclasses.asdict(ceiling)})
-    run = Run(device, rows, ceiling, deadline, options.smoke)
+    run = Run(device, rows, ceiling, deadline, options.smoke, done)
     print(f"{machine}: {ceiling.flops / 1e12:.1f} TFLOP/s in {ceiling.dtype}, copy {ceiling.bandwidth / 1e9:.0f} GB/s")
 
     if options.tune:
         tune(run, cases(options.smoke, device.type)[: 1 if options.smoke else None])
+        print(f"\nraw rows: {rows.path}")
+        return 0
+    if options.step:
+        from device_steps import measure_steps  # open_clip is needed here only
+
+        measure_steps(run)
         print(f"\nraw rows: {rows.path}")
         return 0
     green = True
@@ -240,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     written = read_rows(rows.path)
     print(ratio_table(written))
+    print(measured_points(written, machine))
     print(f"\nraw rows: {rows.path}")
     return 0 if green and not any("refused" in r or "failed" in r for r in written) else 1
 

@@ -164,7 +164,7 @@ def tune(run: Run, cases: list[Case]) -> None:
             run.rows.add({"row": "left out", "case": case.name})
             print(f"{case.name}: not reached, the budget ended")
             continue
-        mine = trials(case, run.smoke)
+        mine = [t for t in trials(case, run.smoke) if (case.name, t.phase, t.change) not in run.done]
         errors = list(pool.map(_compile, mine)) if pool else [None] * len(mine)
         for phase in ("forward", "backward"):
             _time_phase(run, case, phase, [(t, e) for t, e in zip(mine, errors, strict=True) if t.phase == phase])

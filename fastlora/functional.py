@@ -54,7 +54,7 @@ def lora_linear(
             mask only, so that a mask does not depend on how rows are packed, ordered or sharded.
         groups: the original group of each of the G groups given (q alone of a packed q, k, v is (0,)); keys the mask only.
         active: for each group whether it has an adapter, e.g. (True, False, True); default: all.
-        backend: "triton", "eager" or "reference"; None for the best one.
+        backend: "triton", "eager" or "reference"; None for the best one: `fastlora.backend.choose` says which and why.
 
     Returns:
         (..., N), of x's dtype, or of autocast's.

@@ -63,12 +63,8 @@ def keep_words(k0, k1, group, row_ids, column, J: tl.constexpr, PLANES: tl.const
             e0, e1, e2, e3 = w0 & e0, w1 & e1, w2 & e2, w3 & e3
         else:
             e0, e1, e2, e3 = w0 | e0, w1 | e1, w2 | e2, w3 | e3
-    # With tl.join here Triton loads the products' operands without ldmatrix, a third more instructions; without a sum every
-    # thread draws the bits that it needs by itself, twice as many.
-    word, pair = tl.arange(0, 4)[None, None, :, None], tl.arange(0, 2)[None, None, None, :]
-    even = tl.where(pair == 0, e0[:, :, None, None], e2[:, :, None, None])
-    odd = tl.where(pair == 0, e1[:, :, None, None], e3[:, :, None, None])
-    words = tl.sum(tl.where(word // 2 == pair, tl.where(word % 2 == 0, even, odd), 0), 3)
+    # tl.join puts its two operands along a new last axis: [m, call, high, low] is word 2 * high + low.
+    words = tl.join(tl.join(e0, e2), tl.join(e1, e3))
     return tl.reshape(words, (BLOCK_M, COLUMNS // 32))
 
 

@@ -142,7 +142,7 @@ TABLE = (
         one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
     Row((90,), "half", 16, ON, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
-        shrink=Tile(64, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(64, 0, 128, 4, 3, 2),
+        shrink=Tile(64, 0, 128, 4, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(64, 0, 128, 4, 3, 2),
         one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
     Row((90,), "half", 32, ON, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
