@@ -9,15 +9,14 @@ table adds a line there.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
+import sweeps
 from fastlora.bench import plots, tables
 from fastlora.bench.page import svg
 from fastlora.bench.rows import Row, read
@@ -36,27 +35,16 @@ def cpu_rows() -> list[Row]:
     return read(RESULTS / "cpu") if (RESULTS / "cpu").is_dir() else []
 
 
-@cache
-def _example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, HOME / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _few_shot(page: Path) -> str:
-    example = _example("few_shot_table")
-    rows = [json.loads(line) for line in example.ROWS.read_text().splitlines()]
-    return example.table(rows, example.PAGES[page])
-
-
 def _cpu(make: Callable[[list[Row]], tables.Table | None]) -> Callable[[Path], str]:
     def block(page: Path) -> str:
         table = make(cpu_rows())
         return MISSING if table is None else table.markdown()
 
     return block
+
+
+def _sweep(name: str, page: Path) -> str:
+    return sweeps.text_of(name)
 
 
 def _steps(model: str, classes: int) -> Callable[[Path], str]:
@@ -69,7 +57,8 @@ def _steps(model: str, classes: int) -> Callable[[Path], str]:
 
 # name -> the text of the block, for the page it stands on
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "few-shot table": _few_shot,
+    "few-shot table": lambda page: sweeps.short(),
+    **{name: partial(_sweep, name) for name in sweeps.SWEEPS},
     "machine": _cpu(tables.machine),
     "targets": _cpu(targets),
     "layers": _cpu(tables.ops),

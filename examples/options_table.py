@@ -35,7 +35,7 @@ TEMPLATES = ("a photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}
 LORA = LoRAConfig(rank=16, alpha=8.0, targets=TARGETS)
 # By block of each tower: half the rank below, half more above.
 RANKS: dict[str | int, int] = {block: 8 if block < 3 else 24 for block in range(7)}
-# The plain recipe is that of examples/few_shot_table.py at 4 shots; everything else changes one thing of it.
+# The plain recipe is that of examples/sweeps/caltech101.yaml at 4 shots; everything else changes one thing of it.
 PLAIN: dict[str, Any] = {"lr": 3e-3, "lora": LORA}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain LoRA": {},

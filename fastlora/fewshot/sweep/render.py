@@ -15,7 +15,7 @@ from ..runfolder import atomic
 from .figures import figures
 from .tables import Row, Table, source, tables
 
-__all__ = ["render", "summary"]
+__all__ = ["duration", "render", "summary"]
 
 PICTURES = "figure img { background: #fff; border-radius: 10px; width: 100%; } .scroll td, .scroll th { white-space: nowrap; }"
 
@@ -41,8 +41,8 @@ def render(rows: Sequence[Row], title: str, out: Path, console: Console) -> None
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """What one must know to read the tables: one line each."""
-    hours, seconds = divmod(round(sum(row["seconds"] for row in rows)), 3600)
-    lines = [f"{len(rows)} runs, {hours} h {seconds // 60} min {seconds % 60} s in all, on {_listed(rows, 'device')}"]
+    runs = {row["run"]: row for row in rows}  # one may stand in several tables
+    lines = [f"{len(runs)} runs, {duration(sum(row['seconds'] for row in runs.values()))} in all, on {_listed(rows, 'device')}"]
     if generated := sorted({row["data"] for row in rows if row["generated"]}):
         lines.append(
             f"generated images, not the real ones, and no measure of anything but the machinery: {', '.join(generated)}"
@@ -50,6 +50,12 @@ def summary(rows: Sequence[Row]) -> list[str]:
     lines.append(f"torch {_listed(rows, 'torch')}, open_clip {_listed(rows, 'open_clip_torch')}, {_listed(rows, 'precision')}")
     lines.append(f"the paper's figures: {source()}")
     return lines
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
 def _listed(rows: Sequence[Row], name: str) -> str:

@@ -73,8 +73,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return made
 
 
-def by_shots(rows: Sequence[Row]) -> Table:
-    """One row a data set and variant, one column a number of shots; zero-shot first, the paper's last."""
+def by_shots(rows: Sequence[Row], published: bool = True) -> Table:
+    """One row a data set and variant, one column a number of shots; zero-shot first, the paper's (if `published`) last."""
     shots = sorted({row["shots"] for row in rows if row["method"] != "zero-shot"}) or [0]
     seeds = _seeds(rows)
     lines = []
@@ -86,10 +86,10 @@ def by_shots(rows: Sequence[Row]) -> Table:
                 continue
             cells = [cell([row["accuracy"] for row in group if row["shots"] == count], seeds) for count in shots]
             lines.append((data_name(of_data), variant, *cells))
-        published = paper(of_data[0]["model"])
-        if data in published[0]:
+        theirs = paper(of_data[0]["model"])
+        if published and data in theirs[0]:
             model = paper_model(of_data[0]["model"])
-            cells = [f"{published[count][data]:.1f}" if count in published else "" for count in shots]
+            cells = [f"{theirs[count][data]:.1f}" if count in theirs else "" for count in shots]
             lines.append((data, f"the paper, {model}", *cells))
     heads = tuple(f"{count} shot{'s' * (count > 1)}" for count in shots)
     return Table(_title(rows), ("data", "method", *heads), tuple(lines))
