@@ -177,6 +177,35 @@ def patches() -> tuple[Tensor, Tensor, Tensor]:
     return cut, mask, torch.tensor([[4, 4], [3, 4]])
 
 
+def text_encoder(name: str, build: Callable[[], Any]) -> Host:
+    """One of the text models that open_clip wraps, two small blocks with random weights."""
+
+    def seeded() -> Any:
+        torch.manual_seed(0)
+        return build().eval()
+
+    source = "transformers' class at 2 blocks, width 32, as open_clip wraps it"
+    ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    return Host("transformers", name, source, seeded, (ids,), lambda model, ids: (model(input_ids=ids).last_hidden_state,))
+
+
+def bert() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=100, **sizes))
+
+
+def mt5() -> Any:
+    return transformers.MT5EncoderModel(
+        transformers.MT5Config(vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    )
+
+
+def nllb() -> Any:
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 2), ("ffn_dim", 64))}
+    config = transformers.M2M100Config(vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=1, **sides)
+    return transformers.M2M100Model(config).encoder
+
+
 def from_timm(name: str, size: int = 224, **changes: Any) -> Host:
     def build() -> Any:
         torch.manual_seed(0)
@@ -219,6 +248,9 @@ HOSTS = (
     ),
     from_transformers("SiglipModel", siglip_config, (images(224), tokens(64)), run_pair),
     from_transformers("Siglip2Model", siglip2_config, (*patches(), tokens(64)), run_patches),
+    text_encoder("BertModel", bert),
+    text_encoder("MT5EncoderModel", mt5),
+    text_encoder("M2M100 (NLLB) encoder", nllb),
     from_timm("vit_base_patch16_224"),
     from_timm("vit_small_patch14_dinov2", 70, img_size=70),
     from_timm("eva02_tiny_patch14_224", 70, img_size=70),

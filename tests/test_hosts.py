@@ -16,6 +16,7 @@ import fastlora
 import host_models
 import hosts_table
 import stand_ins
+from fastlora.hosts.timm import layout as timm_layout
 from fastlora.layers import LoRAHostAttention, LoRALinear, LoRAMultiheadAttention
 from fastlora.layers.packing import packed
 from fastlora.patch import lora_layers
@@ -309,6 +310,18 @@ def test_a_block_that_is_unknown_is_named() -> None:
     model.transformer.resblocks[1].mlp = nn.Identity()
     report = fastlora.patch(model)
     assert list(report.skipped) == ["transformer.resblocks.1"] and len(report.patched) == 5
+
+
+def test_grouped_queries_get_an_adapter_each() -> None:
+    """Fewer keys and values than queries: three weights that cannot be one, so three Linears."""
+    block = nn.Module()
+    block.attn = nn.Module()
+    for name, rows in (("q_proj", 16), ("k_proj", 8), ("v_proj", 8)):
+        block.attn.add_module(name, nn.Linear(16, rows))
+    layout = timm_layout(block)
+    assert layout is not None
+    sites = [(site.path, site.targets, site.weights) for site in layout.sites(block, "blocks.0")]
+    assert sites == [(f"blocks.0.attn.{t}_proj", (t,), ()) for t in ("q", "k", "v")]
 
 
 @pytest.mark.parametrize("host", [h for h in HOSTS if h.family in ("OpenAI clip", "transformers")][:2], ids=lambda h: h.model)
