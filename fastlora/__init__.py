@@ -2,16 +2,20 @@
 
 from importlib.metadata import version as _version
 
+from .adapters import delete_adapter, disabled, lora_parameters, set_adapter
 from .checkpoint import load, save
 from .config import LoRAConfig
 from .encoders import encode_image, encode_text
 from .functional import lora_linear
-from .patch import lora_parameters, merge, patch, unmerge, unpatch
+from .patch import add_adapter, merge, patch, unmerge, unpatch
 
 __version__ = _version("fastlora")
 __all__ = [
     "LoRAConfig",
     "__version__",
+    "add_adapter",
+    "delete_adapter",
+    "disabled",
     "encode_image",
     "encode_text",
     "load",
@@ -20,6 +24,7 @@ __all__ = [
     "merge",
     "patch",
     "save",
+    "set_adapter",
     "unmerge",
     "unpatch",
 ]

@@ -64,7 +64,7 @@ class LoRAConfig:
     layers: str | tuple[int, ...] = "all"
     modules: tuple[str, ...] = ()
     scaling: str = "alpha/sqrt(r)"
-    rank_pattern: Mapping[str | int, int] | tuple[tuple[str | int, int], ...] = ()
+    rank_pattern: Mapping[Any, int] | tuple[tuple[str | int, int], ...] = ()
     backend: Literal["triton", "eager", "reference"] | None = None
 
     def __post_init__(self) -> None:

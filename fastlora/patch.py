@@ -1,57 +1,32 @@
-"""The verbs on a model: patch, unpatch, merge, unmerge, lora_parameters."""
+"""The verbs on a model: patch and add_adapter, unpatch, merge, unmerge."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
 from typing import Any
 
 from torch import nn
 
 from . import hosts
+from .adapters import set_adapter
 from .config import LoRAConfig
-from .layers import LoRALayer, adopt, refusal, release
+from .layers import DEFAULT, adopt, refusal, release
+from .record import (
+    RECORD,
+    MergeReport,
+    PatchReport,
+    Record,
+    check_not_merged,
+    layer_at,
+    lora_layers,
+    merge_report_of,
+    patched,
+    record_of,
+    report_of,
+)
 
-__all__ = ["PatchReport", "config_of", "lora_layers", "lora_parameters", "merge", "patch", "unmerge", "unpatch"]
-
-_RECORD = "_fastlora"
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchReport:
-    """What `patch` did.
-
-    Args:
-        config: what was asked for.
-        patched: paths of the modules that have an adapter now.
-        skipped: path of a tower or module -> why it was left alone.
-        trainable, total: numbers of parameters.
-    """
-
-    config: LoRAConfig
-    patched: tuple[str, ...]
-    skipped: dict[str, str]
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / self.total
-        own = " or its own" if self.config.rank_pattern else ""
-        lines = [
-            f"{len(self.patched)} modules adapted, rank {self.config.rank}{own}: {self.trainable:,} trainable parameters of"
-            f" {self.total:,} ({share:.2f} %)"
-        ]
-        return "\n".join(lines + [f"not adapted: {path}: {why}" for path, why in self.skipped.items()])
-
-
-@dataclasses.dataclass
-class _Record:
-    """What `unpatch` needs to put the model back."""
-
-    config: LoRAConfig
-    originals: dict[str, nn.Module]
-    frozen: list[str]
-    skipped: dict[str, str]
+__all__ = ["add_adapter", "merge", "patch", "unmerge", "unpatch"]
 
 
 def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any) -> PatchReport:
@@ -59,7 +34,7 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
 
     The attention modules of the chosen blocks are replaced by drop-ins that share their parameters: outputs do not change
     until training does (B starts at zero), state_dict keeps every key of the host, `unpatch` puts everything back. Patching
-    again with the same config changes nothing.
+    again with the same config changes nothing; `fastlora.add_adapter` puts a second adapter on the model.
 
     Args:
         model: a CLIP of open_clip, OpenAI or transformers, one of its towers, a timm vision transformer; or with
@@ -73,32 +48,61 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
         TypeError: a model of no known family.
         ValueError: a bad option, a rank above the width, nothing left to adapt, or another config on a patched model.
     """
-    if config is not None and options:
-        raise ValueError("give patch a LoRAConfig or its fields as keywords, not both")
-    config = config or LoRAConfig(**options)
-    if (record := _record(model)) is not None:
-        if record.config != config:
-            raise ValueError(f"the model is patched with {record.config}; call fastlora.unpatch(model) first")
-        return _report(model, record)
+    config = _config(config, options)
+    if (record := record_of(model)) is None:
+        return add_adapter(model, DEFAULT, config)
+    if record.configs.get(record.active or "") != config:
+        raise ValueError(f"the model is patched with {record.configs}; call fastlora.unpatch(model) first")
+    return report_of(model)
 
-    sites, skipped = _sites(model, config)
+
+def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None, /, **options: Any) -> PatchReport:
+    """Give `model` one more adapter, and make it the active one: the one that computes and that is trained.
+
+    A model that is not patched becomes so. Adapters may differ in everything: rank, targets, layers, encoders. Arguments,
+    results and errors as for `patch`.
+
+    Args:
+        name: of letters, digits, "-" and "_"; what `patch` and `load` make is called "default". The adapter's parameters are
+            `<module path>.named.<name>.lora_A` and `.lora_B` in state_dict.
+
+    Raises:
+        ValueError: also where there is an adapter of this name, or the active one is merged.
+    """
+    config, record = _config(config, options), record_of(model) or Record()
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"the name of an adapter has letters, digits, - and _, got {name!r}")
+    if name in record.configs:
+        raise ValueError(f"the model has an adapter called {name!r}: delete it first, or choose another name")
+    check_not_merged(model, record)
+    sites, skipped = _sites(model, config, record.originals)
     if not sites:
         why = (
             "; ".join(f"{path}: {why}" for path, why in skipped.items())
             or "rank_pattern gives every module rank 0, or targets names none of what was chosen"
         )
         raise ValueError(f"nothing to adapt: {why}")
-    # all drop-ins are made before one is put in place: an error leaves the model as it was
-    layers = {path: adopt(model.get_submodule(path), **vars(site)) for path, site in sites.items()}
-    record = _Record(config, {path: model.get_submodule(path) for path in layers}, [], skipped)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            record.frozen.append(name)
-            parameter.requires_grad_(False)
-    for path, layer in sorted(layers.items()):  # an attention before the out_proj inside it
+    # all that can fail comes before anything is put in place: an error leaves the model as it was
+    there = {path: site for path, site in sites.items() if path in record.originals}
+    for path, site in there.items():
+        layer_at(model, path).check_rank(site.config.rank)
+    new = {path: adopt(model.get_submodule(path), name=name, **vars(site)) for path, site in sites.items() if path not in there}
+    for path, site in there.items():
+        layer_at(model, path).add(name, site.config, site.active)
+    if not record.originals:
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                record.frozen.append(key)
+                parameter.requires_grad_(False)
+    record.originals |= {path: model.get_submodule(path) for path in new}
+    for path, layer in sorted(new.items()):  # an attention before the out_proj inside it
         _replace(model, path, layer)
-    setattr(model, _RECORD, record)
-    return _report(model, record)
+    # one order whatever was added first: optimizers know parameters by their place
+    record.originals = dict(sorted(record.originals.items(), key=lambda item: layer_at(model, item[0]).spec.site))
+    record.configs[name], record.skipped[name] = config, skipped
+    setattr(model, RECORD, record)
+    set_adapter(model, name)
+    return report_of(model)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -107,28 +111,32 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    record = _patched(model)
+    record = patched(model)
     unmerge(model)
-    for path, host in sorted(record.originals.items(), reverse=True):
-        release(_layer(model, path), host)
+    layers = dict(lora_layers(model))
+    for path, host in sorted(record.originals.items()):  # an attention before the out_proj inside it, which is then put there
+        release(layers[path], host)
         _replace(model, path, host)
     parameters = dict(model.named_parameters())
     for name in record.frozen:
         parameters[name].requires_grad_(True)
-    delattr(model, _RECORD)
+    delattr(model, RECORD)
 
 
-def merge(model: nn.Module) -> None:
-    """Add every adapter's update to its base weight (summed in fp32, rounded once to the weight's dtype).
+def merge(model: nn.Module) -> MergeReport:
+    """Add the active adapter's update to its base weights (summed in fp32, rounded once to the weight's dtype).
 
     Inference then costs what the plain model costs. The weights as they were are kept, and `unmerge` restores them exactly.
+
+    Returns:
+        What rounding to a half-precision weight cost, to print or to read.
 
     Raises:
         ValueError: the model is not patched.
     """
-    _patched(model)
     for _, layer in lora_layers(model):
         layer.merge()
+    return merge_report_of(model)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -137,30 +145,9 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    _patched(model)
+    patched(model)
     for _, layer in lora_layers(model):
         layer.unmerge()
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Path and module of every adapter, text tower first."""
-    for path in _patched(model).originals:
-        yield path, _layer(model, path)
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters, lora_A and lora_B of every adapter: what an optimizer takes.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    return [parameter for _, layer in lora_layers(model) if layer.adapted for parameter in layer.adapters()]
-
-
-def config_of(model: nn.Module) -> LoRAConfig | None:
-    """The config that `model` is patched with, or None."""
-    record = _record(model)
-    return None if record is None else record.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +160,9 @@ class _Adoption:
     weights: tuple[str, ...]
 
 
-def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, _Adoption], dict[str, str]]:
+def _sites(
+    model: nn.Module, config: LoRAConfig, originals: dict[str, nn.Module]
+) -> tuple[dict[str, _Adoption], dict[str, str]]:
     """Path -> what is wanted of every module to adapt; path -> reason of what is left alone."""
     sites: dict[str, _Adoption] = {}
     chosen: list[tuple[str, int]] = []
@@ -189,7 +178,11 @@ def _sites(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, _Adoption], 
                 continue
             module = model.get_submodule(site.path)
             first = seen.setdefault(id(module), site.path)
-            why = refusal(module, site.weights) if first == site.path else f"it is the same module as {first}"
+            why = (
+                refusal(originals.get(site.path, module), site.weights)
+                if first == site.path
+                else f"it is the same module as {first}"
+            )
             if why is not None:
                 skipped[site.path] = why
                 continue
@@ -229,25 +222,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent._modules[name] = module
 
 
-def _layer(model: nn.Module, path: str) -> LoRALayer:
-    layer = model.get_submodule(path)
-    if not isinstance(layer, LoRALayer):
-        raise ValueError(f"{path} has lost its adapter: the module there was replaced after fastlora.patch")
-    return layer
-
-
-def _record(model: nn.Module) -> _Record | None:
-    return getattr(model, _RECORD, None)
-
-
-def _patched(model: nn.Module) -> _Record:
-    if (record := _record(model)) is None:
-        raise ValueError("the model is not patched: call fastlora.patch(model) first")
-    return record
-
-
-def _report(model: nn.Module, record: _Record) -> PatchReport:
-    trainable = sum(p.numel() for p in lora_parameters(model))
-    total = sum(p.numel() for p in model.parameters())
-    patched = tuple(path for path, layer in lora_layers(model) if layer.adapted)
-    return PatchReport(record.config, patched, record.skipped, trainable, total)
+def _config(config: LoRAConfig | None, options: dict[str, Any]) -> LoRAConfig:
+    if config is not None and options:
+        raise ValueError("give a LoRAConfig or its fields as keywords, not both")
+    return config or LoRAConfig(**options)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.patch import lora_layers
+from fastlora.record import lora_layers
 from host_models import HOSTS, Host
 from models import randomise_adapters
 

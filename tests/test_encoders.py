@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import encoders, functional
-from fastlora.patch import lora_parameters
+from fastlora.adapters import lora_parameters
 from fastlora.testing import assert_within_budget, assert_within_expected_budget
 
 open_clip = pytest.importorskip("open_clip")

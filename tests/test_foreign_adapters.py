@@ -233,7 +233,7 @@ def test_a_scaling_by_rank_is_the_papers_with_another_alpha(tmp_path: Path) -> N
 def test_unknown_format() -> None:
     model = tiny()
     fastlora.patch(model)
-    with pytest.raises(ValueError, match="choose from fastlora, peft, clip-lora"):
+    with pytest.raises(ValueError, match="choose from fastlora, peft, clip-lora, merged"):
         fastlora.save(model, "x", format="onnx")  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ import stand_ins
 from fastlora.hosts.timm import layout as timm_layout
 from fastlora.layers import LoRAHostAttention, LoRALinear, LoRAMultiheadAttention
 from fastlora.layers.packing import packed
-from fastlora.patch import lora_layers
+from fastlora.record import lora_layers
 from host_models import HOSTS, Host
 from models import randomise_adapters, tiny
 

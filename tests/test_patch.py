@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.layers import LoRAMultiheadAttention, adopt
-from fastlora.patch import lora_layers
+from fastlora.record import lora_layers
 from models import build, features, inputs, randomise_adapters, tiny
 
 FULL = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "coca_ViT-B-32"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.patch import lora_layers
+from fastlora.record import lora_layers
 from models import features, inputs, tiny
 
 STEPS = 30

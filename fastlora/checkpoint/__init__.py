@@ -9,17 +9,23 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from ..adapters import delete_adapter, set_adapter, using
 from ..config import LoRAConfig
-from ..patch import PatchReport, config_of, lora_layers, patch, unmerge, unpatch
-from . import native, paper, peft
+from ..layers import DEFAULT
+from ..patch import add_adapter, unmerge, unpatch
+from ..record import PatchReport, lora_layers, patched, record_of, report_of
+from . import merged, native, paper, peft
+from .files import whole
 
 __all__ = ["load", "save"]
 
-Format = Literal["fastlora", "peft", "clip-lora"]
+Format = Literal["fastlora", "peft", "clip-lora", "merged"]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "fastlora") -> None:
-    """Write the adapters of a patched model, whole or not at all.
+def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "fastlora", adapter: str | None = None) -> None:
+    """Write an adapter of a patched model, or the model with it merged in; whole or not at all.
+
+    Of a model that is sharded over processes (fully_shard) all of them must call: what they hold is gathered.
 
     Args:
         path: a file; a folder for "peft".
@@ -27,30 +33,41 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "fa
             LoRAConfig and a few values of each base weight, by which `load` knows the base again, in its metadata.
             "peft": adapter_config.json and adapter_model.safetensors for transformers' CLIPModel with the same weights.
             "clip-lora": the lora_weights.pt of the paper's code; q, k, v, o and one rank only.
+            "merged": a checkpoint of the plain model that has the adapter in its weights: the file that open_clip's
+            `create_model(..., pretrained=FILE)` takes, a folder for `from_pretrained` if the model is transformers'.
+        adapter: the name of one; default: the active one.
 
     Raises:
-        ValueError: the model is not patched, the format is unknown or cannot hold this adapter.
+        ValueError: the model is not patched, there is no such adapter, the format is unknown or cannot hold this adapter.
         OSError: the file cannot be written.
     """
     if format not in get_args(Format):
         raise ValueError(f"unknown format {format!r}: choose from {', '.join(get_args(Format))}")
-    tensors = {name: parameter.detach().float() for name, parameter in _adapters(model).items()}
-    config = config_of(model)
-    assert config is not None
-    if format == "fastlora":
-        native.write(model, config, tensors, Path(path))
-    else:
-        (peft if format == "peft" else paper).write(model, config, Path(path))
+    record = patched(model)
+    name = record.active if adapter is None else adapter
+    if name not in record.configs:
+        raise ValueError(f"no adapter is called {name!r}: there are {', '.join(record.configs)}")
+    with using(model, name):
+        config = record.configs[name]
+        if format == "fastlora":
+            tensors = {key: whole(parameter).float() for key, parameter in _parameters(model).items()}
+            native.write(model, config, tensors, Path(path))
+        elif format == "merged":
+            merged.write(model, Path(path))
+        else:
+            (peft if format == "peft" else paper).write(model, config, Path(path))
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True) -> PatchReport:
-    """Put adapters from a file on `model`, patching it with the file's config if it is not patched.
+def load(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAULT, check_base: bool = True) -> PatchReport:
+    """Put an adapter from a file on `model` and make it the active one.
 
     What is given is recognised: a safetensors file that `save` wrote, the folder of a PEFT adapter for transformers' CLIP, a
-    lora_weights.pt of the paper's code. It is checked as a whole before an adapter is touched; a model that was not patched is
-    plain again after an error. Pickles are read by torch's weights-only reader: tensors and plain containers, no code.
+    lora_weights.pt of the paper's code. The model is patched with the file's config; where it has an adapter of that name and
+    config, that one gets the values. The file is checked as a whole before: after an error the model is as it was. Pickles are
+    read by torch's weights-only reader: tensors and plain containers, no code.
 
     Args:
+        adapter: its name on the model.
         check_base: refuse an adapter that was trained on other base weights (fastlora's own files know theirs).
 
     Raises:
@@ -58,28 +75,38 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = T
         ValueError: not an adapter, or one for another model, rank, config or base; says what differs.
     """
     source = _open(Path(path), model)
-    was_patched = config_of(model)
-    config = source.config(model, was_patched)
-    if was_patched is not None and was_patched != config:
-        raise ValueError(f"{path} was saved with {config}, the model is patched with {was_patched}: unpatch it first")
-    # drawing the initial A of a fresh patch must not move the caller's generator
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        report = patch(model, config)
+    record = record_of(model)
+    there = None if record is None else record.configs.get(adapter)
+    config = source.config(model, there)
+    if there is not None and there != config:
+        raise ValueError(
+            f"{path} was saved with {config}, the model's {adapter!r} has {there}: unpatch it first, or give another name"
+        )
+    if there is None:
+        active = None if record is None else record.active
+        # drawing the initial A must not move the caller's generator
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            add_adapter(model, adapter, config)
     try:
-        adapters = _adapters(model)
-        tensors = source.tensors(model, set(adapters))
-        _check(path, adapters, tensors)
-        if check_base:
-            source.check_base(model)
+        with using(model, adapter):
+            parameters = _parameters(model)
+            tensors = source.tensors(model, set(parameters))
+            _check(path, parameters, tensors)
+            if check_base:
+                source.check_base(model)
     except ValueError:
-        if was_patched is None:
+        if record is None:
             unpatch(model)
+        elif there is None:
+            delete_adapter(model, adapter)
+            set_adapter(model, active)
         raise
+    unmerge(model)
+    set_adapter(model, adapter)
     with torch.no_grad():
-        unmerge(model)
-        for name, parameter in adapters.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    return report
+    return report_of(model)
 
 
 class Source(Protocol):
@@ -110,8 +137,8 @@ def _open(path: Path, model: nn.Module) -> Source:
     return native.NativeFile(path)
 
 
-def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters under the names they have in a file."""
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """lora_A and lora_B of the active adapter under the names they have in a file."""
     return {
         f"{path}.{name}": parameter
         for path, layer in lora_layers(model)

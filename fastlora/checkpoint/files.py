@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic", "open_safetensors", "read_pickle", "write_safetensors"]
+__all__ = ["atomic", "open_safetensors", "read_pickle", "whole", "write_safetensors"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor without gradient. One that is sharded over processes is gathered, for which all of them must call."""
+    gather = getattr(tensor, "full_tensor", None)  # importing DTensor to ask for it takes half a second
+    return (tensor if gather is None else gather()).detach()
 
 
 @contextlib.contextmanager
@@ -36,7 +43,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     Raises:
         OSError: the file cannot be written.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with atomic(path) as temporary:
             save_file(plain, temporary, metadata=metadata)
@@ -65,8 +72,10 @@ def read_pickle(path: Path, what: str) -> Any:
         ValueError: not such a file, or one with more in it; `what` says what it should have been.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        with warnings.catch_warnings():  # what torch would warn of comes as the error
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from ..patch import lora_layers
-from .files import open_safetensors, write_safetensors
+from ..record import lora_layers
+from .files import open_safetensors, whole, write_safetensors
 
 __all__ = ["NativeFile", "write"]
 
@@ -23,7 +23,8 @@ _SAMPLES, _RELATIVE = 16, 1e-2
 def write(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor], path: Path) -> None:
     """The adapter's tensors, `<module path>.lora_A` (g, R, K) and `.lora_B` (g · N/G, R); equal adapters are equal files."""
     # one key: safetensors writes several in any order
-    values = {"format": FORMAT, "config": config.to_dict(), "base": _fingerprint(model)}
+    base = {name: values for name, values in _fingerprint(model).items() if f"{name}.lora_A" in tensors}
+    values = {"format": FORMAT, "config": config.to_dict(), "base": base}
     write_safetensors(path, tensors, {KEY: json.dumps(values)})
 
 
@@ -83,7 +84,7 @@ def _fingerprint(model: nn.Module) -> dict[str, list[float]]:
     """A few values of each adapted base weight, evenly spread."""
     values = {}
     for name, layer in lora_layers(model):
-        weight = layer.base_weight.detach() if layer._frozen_weight is None else layer._frozen_weight
+        weight = whole(layer.base_weight if layer._frozen_weight is None else layer._frozen_weight)
         flat = weight.flatten()
         values[name] = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().tolist()
     return values

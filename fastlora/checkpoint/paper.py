@@ -43,6 +43,8 @@ def write(model: nn.Module, config: LoRAConfig, path: Path) -> None:
         raise ValueError(f"CLIP-LoRA's file names blocks by {', '.join(LAYERS)}: this adapter is on blocks {config.layers}")
     layers: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = collections.defaultdict(dict)
     for place, part in parts_of(model).items():
+        if place.number:
+            raise ValueError(f"CLIP-LoRA's file holds one of each target a block: this adapter has {place}")
         pair = {name: tensor.clone() for name, tensor in zip(_WEIGHTS, (part.a, part.b), strict=True)}
         layers[place.encoder, place.block][PROJECTIONS[place.target]] = pair
     if partial := [place for place, layer in layers.items() if len(layer) < len(config.targets)]:

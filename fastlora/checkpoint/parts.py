@@ -16,26 +16,38 @@ from torch import Tensor, nn
 
 from .. import hosts
 from ..config import ENCODERS, LAYERS, TARGETS, LoRAConfig
-from ..patch import config_of, lora_layers
+from ..record import config_of, lora_layers
+from .files import whole
 
 __all__ = ["ForeignAdapter", "Part", "Place", "Slot", "parts_of", "slots"]
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Place:
-    """A projection in any CLIP: encoder ("text", "vision"), block number, target ("q", "k", "v", "o", "fc1", "fc2")."""
+    """A projection in any CLIP: encoder ("text", "vision"), block number, target ("q", "k", "v", "o", "fc1", "fc2").
+
+    `number` tells apart several of one target in a block, as a gated MLP's two fc1.
+    """
 
     encoder: str
     block: int
     target: str
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a place is in a model: the module's path, and which of the groups of its rows."""
+    """Where a place is in a model.
+
+    Args:
+        path: the module's.
+        group: which of the groups of its rows.
+        linear: the nn.Linear that holds it, alone or packed with others; None inside an nn.MultiheadAttention.
+    """
 
     path: str
     group: int
+    linear: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +71,46 @@ def slots(model: nn.Module) -> dict[Place, Slot]:
     Raises:
         TypeError: a model of no known family.
     """
-    found = {}
+    found: dict[Place, Slot] = {}
     for tower in hosts.towers(model):
         for i, block in enumerate(tower.blocks):
+            met: collections.Counter[str] = collections.Counter()
             for site in block:
                 for group, target in enumerate(site.targets):
-                    found[Place(tower.encoder, i, target)] = Slot(site.path, group)
+                    found[Place(tower.encoder, i, target, met[target])] = Slot(site.path, group, _linear(model, site, group))
+                    met[target] += 1
     return found
 
 
+def _linear(model: nn.Module, site: hosts.Site, group: int) -> str | None:
+    """The path of the nn.Linear that holds a group of a site."""
+    if not site.weights:
+        return None if isinstance(model.get_submodule(site.path), nn.MultiheadAttention) else site.path
+    weight = site.weights[group if len(site.weights) > 1 else 0]
+    return f"{site.path}.{weight.removesuffix('.weight')}" if weight.endswith(".weight") else None
+
+
 def parts_of(model: nn.Module) -> dict[Place, Part]:
-    """The adapter of a patched model, part by part, in the order of `slots`."""
+    """The active adapter of a patched model, part by part, in the order of `slots`.
+
+    Raises:
+        TypeError: a model of no known family.
+        ValueError: it is on a module that is no projection of a known block.
+    """
     layers, config = dict(lora_layers(model)), config_of(model)
     assert config is not None
     parts = {}
-    for place, slot in slots(model).items():
+    where = slots(model)
+    if other := {path for path, layer in layers.items() if layer.adapted} - {slot.path for slot in where.values()}:
+        raise ValueError(
+            f"only fastlora's own format holds an adapter on {min(other)}, which is no projection of a known block"
+        )
+    for place, slot in where.items():
         layer = layers.get(slot.path)
         if layer is None or not layer.spec.active[slot.group]:
             continue
         index = sum(layer.spec.active[: slot.group])
-        a, b = (parameter.detach().float().cpu() for parameter in layer.adapters())
+        a, b = (whole(parameter).float().cpu() for parameter in layer.adapters())
         parts[place] = Part(a[index], b.chunk(len(a))[index], config.alpha, slot.path)
     return parts
 

@@ -1,16 +1,19 @@
 """PEFT's folder: adapter_config.json beside adapter_model.safetensors (or .bin), as for transformers' CLIPModel.
 
-Written with the module names of transformers' CLIP, whose weights are open_clip's under other names. Read with those names, or
-with the host's own: an adapter that PEFT put on a packed q, k, v has one A for the three.
+Written and read with the host's own names where its projections are nn.Linear (transformers, timm), else with those of
+transformers' CLIP, whose weights are open_clip's under other names. An adapter that PEFT put on a packed q, k, v has one A for
+the three.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
@@ -35,13 +38,32 @@ _HARMLESS = {
 
 
 def write(model: nn.Module, config: LoRAConfig, path: Path) -> None:
-    """A folder that PeftModel.from_pretrained puts on transformers' CLIPModel; each file is written whole or not at all."""
+    """A folder that PeftModel.from_pretrained puts on the same model, or, where PEFT has no name for a host's projections
+    (nn.MultiheadAttention), on transformers' CLIPModel with the same weights. Each file is written whole or not at all.
+    """
+    parts, where = parts_of(model), slots(model)
+    translated = any(slot.linear is None for slot in where.values())
+    by_name: dict[str, list[Place]] = {}
+    for place in parts:
+        clip = f"{place.encoder}_model.encoder.layers.{place.block}.{NAMES[place.target]}"
+        by_name.setdefault(clip if translated else str(where[place].linear), []).append(place)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for place, part in parts_of(model).items():
-        name = f"{place.encoder}_model.encoder.layers.{place.block}.{NAMES[place.target]}"
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = part.a, part.b
-        ranks[name] = part.rank
+    alphas: dict[str, float] = {}
+    for name, places in by_name.items():
+        pieces = [parts[place] for place in places]
+        groups = [place for place, slot in where.items() if not translated and slot.linear == name] or places
+        n, rank = pieces[0].b.shape
+        # q, k and v packed in one nn.Linear: PEFT has one A for all rows, so theirs are stacked and each B takes its own
+        b = torch.zeros(n * len(groups), rank * len(places))
+        for i, place in enumerate(places):
+            row = groups.index(place)
+            b[row * n : (row + 1) * n, i * rank : (i + 1) * rank] = pieces[i].b
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([piece.a for piece in pieces])
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
+        ranks[name] = rank * len(places)
+        root = config.scaling == "alpha/sqrt(r)"
+        alphas[name] = config.alpha * (math.sqrt(len(places)) if root else len(places))
     values = {
         "peft_type": "LORA",
         "r": config.rank,
@@ -50,6 +72,7 @@ def write(model: nn.Module, config: LoRAConfig, path: Path) -> None:
         "lora_dropout": config.dropout,
         "target_modules": sorted(ranks),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != config.alpha},
         "bias": "none",
         "inference_mode": True,
     }
@@ -150,7 +173,7 @@ def _modules(folder: Path, names: set[str], model: nn.Module) -> dict[str, list[
     where = slots(model)
     own: dict[str, list[Place]] = {}
     for place, slot in where.items():
-        own.setdefault(slot.path, []).append(place)
+        own.setdefault(slot.linear or slot.path, []).append(place)
     modules = {}
     for name in sorted(names):
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
@@ -159,10 +182,10 @@ def _modules(folder: Path, names: set[str], model: nn.Module) -> dict[str, list[
         module, letter = match.groups()
         if (other := f"{PREFIX}{module}.lora_{'B' if letter == 'A' else 'A'}.weight") not in names:
             raise ValueError(f"{folder} is damaged: it holds {name} and lacks {other}")
-        if (clip := _CLIP_NAME.fullmatch(module)) is not None:
-            modules[module] = [Place(clip[1], int(clip[2]), MODULES[clip[3]])]
-        elif (path := module.replace(".base_layer.", ".")) in own:  # PEFT wraps an attention around its out_proj
+        if (path := module.replace(".base_layer.", ".")) in own:  # PEFT wraps an attention around its out_proj
             modules[module] = own[path]
+        elif (clip := _CLIP_NAME.fullmatch(module)) is not None:
+            modules[module] = [Place(clip[1], int(clip[2]), MODULES[clip[3]])]
         if module not in modules or not set(modules[module]) <= set(where):
             raise ValueError(f"{folder} is for another model: it adapts {module}, which this one does not have")
     if not modules:

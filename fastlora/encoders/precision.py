@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layers import LoRALayer
+from ..layers import LoRALayer, LoRASlot
 
 __all__ = ["cast"]
 
@@ -29,7 +29,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         if type(module).__name__ == "LayerNormFp32":
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            adapter = isinstance(module, LoRALayer) and name in ("lora_A", "lora_B")
+            adapter = isinstance(module, (LoRALayer, LoRASlot)) and name in ("lora_A", "lora_B")
             if not parameter.requires_grad and not adapter and not (module is model and name.startswith("logit_")):
                 parameter.data = parameter.data.to(dtype)
         for name, buffer in module.named_buffers(recurse=False):

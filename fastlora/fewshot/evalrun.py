@@ -22,7 +22,7 @@ from .runfolder import RunFolder, atomic, write_json
 from .signals import Signals
 from .trainer import choose_device, choose_dtype
 
-__all__ = ["run"]
+__all__ = ["adapt", "finished", "run"]
 
 
 def run(
@@ -45,15 +45,9 @@ def run(
     Raises:
         UserError: a run that is not finished or left nothing to load, or a bad data set.
     """
-    config = folder.read_config()
-    try:
-        recipe = Recipe.from_dict(config["recipe"])
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder.config}: {error}") from error
+    config, recipe = finished(folder)
     if not recipe.names_any_class:
         raise UserError(f"the run in {folder.path} is by {recipe.method}, which leaves no model to test")
-    if not folder.metrics.is_file():
-        raise UserError(f"the run in {folder.path} is not finished: go on with it by fastlora train … --resume")
     device = choose_device(device_name)
     dtype = choose_dtype(recipe.precision, device)
     dataset = datasets.load(data, root)
@@ -84,7 +78,7 @@ def run(
             coop.load(context, folder.context)
             after = evaluate(loaded.model, dataclasses.replace(exam, tokens=placed), *rest[1:])
         elif recipe.method != "zero-shot":
-            _adapt(loaded.model, recipe, folder)
+            adapt(loaded.model, recipe, folder)
             after = evaluate(loaded.model, *rest)
         resolved = {"template": prompt, "data": data}
         metrics = {"method": recipe.method, "run": str(folder.path), **summary.measures(before, after), "resolved": resolved}
@@ -105,8 +99,28 @@ def run(
     return metrics
 
 
-def _adapt(model: Any, recipe: Recipe, folder: RunFolder) -> None:
-    """Put what the run saved onto the model as it was before."""
+def finished(folder: RunFolder) -> tuple[dict[str, Any], Recipe]:
+    """config.json of a finished run, and its recipe.
+
+    Raises:
+        UserError: not the folder of a run, or not finished.
+    """
+    config = folder.read_config()
+    try:
+        recipe = Recipe.from_dict(config["recipe"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder.config}: {error}") from error
+    if not folder.metrics.is_file():
+        raise UserError(f"the run in {folder.path} is not finished: go on with it by fastlora train … --resume")
+    return config, recipe
+
+
+def adapt(model: Any, recipe: Recipe, folder: RunFolder) -> None:
+    """Put what the run saved onto the model as it was before.
+
+    Raises:
+        UserError: it cannot be loaded, or is not what config.json says.
+    """
     try:
         if recipe.method == "lora":
             report = adapters.load(model, folder.adapter)

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..patch import config_of, unpatch
+from ..patch import unpatch
+from ..record import config_of
 from . import datasets, models
 
 __all__ = ["Shared"]

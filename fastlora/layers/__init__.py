@@ -6,8 +6,18 @@ optimizers, checkpoints and `model.to()` go on working, and the host can be put 
 
 from .adopt import adopt, refusal, release
 from .attention import LoRAMultiheadAttention
-from .base import LoRALayer
+from .base import DEFAULT, LoRALayer, LoRASlot
 from .host_attention import LoRAHostAttention
 from .linear import LoRALinear
 
-__all__ = ["LoRAHostAttention", "LoRALayer", "LoRALinear", "LoRAMultiheadAttention", "adopt", "refusal", "release"]
+__all__ = [
+    "DEFAULT",
+    "LoRAHostAttention",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAMultiheadAttention",
+    "LoRASlot",
+    "adopt",
+    "refusal",
+    "release",
+]

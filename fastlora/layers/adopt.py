@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from .attention import LoRAMultiheadAttention
-from .base import LoRALayer
+from .base import DEFAULT, LoRALayer
 from .host_attention import LoRAHostAttention, class_for
 from .linear import LoRALinear
 
@@ -44,7 +44,13 @@ def refusal(host: nn.Module, weights: tuple[str, ...] = ()) -> str | None:
 
 
 def adopt(
-    host: nn.Module, config: LoRAConfig, *, site: int, active: tuple[bool, ...], weights: tuple[str, ...] = ()
+    host: nn.Module,
+    config: LoRAConfig,
+    *,
+    site: int,
+    active: tuple[bool, ...],
+    weights: tuple[str, ...] = (),
+    name: str = DEFAULT,
 ) -> LoRALayer:
     """A drop-in for `host` that shares its parameters, buffers, submodules and hooks; `host` is left as it is.
 
@@ -54,6 +60,7 @@ def adopt(
         active: for each group of the weight's rows whether it gets an adapter.
         weights: names of the parameters that hold q, k, v (all in one, or one each), which the host's own forward gives to
             F.linear.
+        name: of the adapter, which is active.
 
     Raises:
         ValueError: the rank is above the smaller side of a group's weight.
@@ -66,11 +73,10 @@ def adopt(
         layer.__dict__[registry] = host.__dict__[registry].copy()
     if isinstance(layer, LoRAHostAttention):
         layer._weights = weights
-    parts = layer.base_weights()
-    n, k = sum(map(len, parts)), parts[0].shape[1]
-    if config.rank > min(n // len(active), k):
-        raise ValueError(f"rank {config.rank} is above the width: a weight here is {(n // len(active), k)}")
-    layer._attach(config, site, active)
+    layer._attach(site, len(active))
+    layer.check_rank(config.rank)
+    layer.add(name, config, active)
+    layer.activate(name)
     return layer
 
 

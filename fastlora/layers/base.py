@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,20 +14,33 @@ from ..config import LoRAConfig, OpSpec
 from ..functional import lora_linear
 from .packing import stacked
 
-__all__ = ["LoRALayer"]
+__all__ = ["DEFAULT", "LoRALayer", "LoRASlot"]
+
+DEFAULT = "default"
+
+
+class LoRASlot(nn.Module):
+    """Room for one named adapter on one layer: lora_A and lora_B as on LoRALayer. It computes nothing."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
 
 class LoRALayer(nn.Module):
-    """The adapter of one weight (N, K), its constants, merging.
+    """The adapters of one weight (N, K), of which one is active or none; constants of the active one; merging.
 
     Parameters: lora_A (g, R, K) and lora_B (g · N/G, R), fp32, for the g active of G groups; None where no group is active
-    (an attention that stands in only so that its out_proj's adapter is not passed over).
+    (an attention that stands in only so that its out_proj's adapter is not passed over). Adapters of a name other than
+    "default" lie below: named.NAME.lora_A and .lora_B. A key of state_dict belongs to one adapter, whichever is active.
     """
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    named: nn.Module | None
+    adapter: str | None
     spec: OpSpec
     backend: str | None
+    _constants: dict[str, tuple[OpSpec, str | None]]
     _frozen_weight: Tensor | None
 
     def base_weights(self) -> tuple[Tensor, ...]:
@@ -38,30 +52,76 @@ class LoRALayer(nn.Module):
         """The frozen weight (N, K): the host's one parameter, a view over several that are packed, or a copy."""
         return stacked(self.base_weights())
 
-    def _attach(self, config: LoRAConfig, site: int, active: tuple[bool, ...]) -> None:
-        n, k = self.base_weight.shape
-        self.spec = OpSpec(config.scale, config.dropout, site, tuple(range(len(active))), active)
-        self.backend = config.backend
+    def _attach(self, site: int, groups: int) -> None:
+        """Make room for adapters; there is none yet."""
+        self._constants = {}
         self.register_buffer("_frozen_weight", None, persistent=False)
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
-        if not self.adapted:
+        self.named = None
+        self.spec = OpSpec(1.0, 0.0, site, tuple(range(groups)), (False,) * groups)
+        self.activate(None)
+
+    def check_rank(self, rank: int) -> None:
+        """Raise ValueError where a rank is above the smaller side of a group's weight."""
+        parts = self.base_weights()
+        width = sum(map(len, parts)) // len(self.spec.active), parts[0].shape[1]
+        if rank > min(width):
+            raise ValueError(f"rank {rank} is above the width: a weight here is {width}")
+
+    def add(self, name: str, config: LoRAConfig, active: tuple[bool, ...]) -> None:
+        """An adapter of the config's rank on the groups that are `active`; nothing where none is. It is not activated."""
+        if not any(active):
             return
+        n, k = self.base_weight.shape
         device, g = self.base_weight.device, sum(active)
         # kaiming_uniform(a=√5) of each (R, K), as loralib and the paper: bound 1/√K
         a = torch.empty(g, config.rank, k, device=device).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
-        self.lora_A = nn.Parameter(a)
-        self.lora_B = nn.Parameter(torch.zeros(g * (n // len(active)), config.rank, device=device))
+        holder: nn.Module = self
+        if name != DEFAULT:
+            if self.named is None:
+                self.named = nn.Module()
+            # add_module refuses the names of nn.Module's own attributes, such as "train"
+            holder = self.named._modules[name] = LoRASlot().train(self.training)
+        holder.lora_A = nn.Parameter(a)
+        holder.lora_B = nn.Parameter(torch.zeros(g * (n // len(active)), config.rank, device=device))
+        spec = dataclasses.replace(self.spec, scale=config.scale, dropout=config.dropout, active=active)
+        self._constants[name] = spec, config.backend
+
+    def activate(self, name: str | None) -> None:
+        """Compute with the adapter called `name`; without one where it is None, or has none on this layer."""
+        self.adapter = name
+        plain = dataclasses.replace(self.spec, active=(False,) * len(self.spec.active))
+        self.spec, self.backend = self._constants.get(name or "", (plain, None))
+
+    def remove(self, name: str) -> None:
+        """Drop the adapter called `name`, which must not be active."""
+        if self._constants.pop(name, None) is None:
+            return
+        if name == DEFAULT:
+            self.lora_A = self.lora_B = None
+        elif self.named is not None:
+            del self.named._modules[name]
+            self.named = self.named if self.named._modules else None
 
     @property
     def adapted(self) -> bool:
-        """Whether any group has an adapter."""
+        """Whether any group has an active adapter."""
         return any(self.spec.active)
 
     def adapters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """lora_A and lora_B of a layer that is `adapted`."""
-        assert self.lora_A is not None and self.lora_B is not None, "no group of this layer is active"
-        return self.lora_A, self.lora_B
+        """lora_A and lora_B of the active adapter on a layer that is `adapted`."""
+        assert self.adapter is not None and self.adapted, "no group of this layer is active"
+        return self.adapters_of(self.adapter)
+
+    def adapters_of(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """lora_A and lora_B of an adapter that this layer has."""
+        holder: Any = self if name == DEFAULT else self.named._modules[name]  # type: ignore[union-attr]
+        return holder.lora_A, holder.lora_B
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters that this layer has."""
+        return tuple(self._constants)
 
     @property
     def merged(self) -> bool:
@@ -82,8 +142,22 @@ class LoRALayer(nn.Module):
         """Add the update to the base weight, summed in fp32; the weight as it was is kept for `unmerge`."""
         if self.adapted and not self.merged:
             frozen = self.base_weight.detach().clone()
-            self._write(frozen.float() + self.delta())
+            self._write(self._sum(frozen))
             self._frozen_weight = frozen
+
+    @torch.no_grad()
+    def rounding(self, dtype: torch.dtype | None = None) -> tuple[float, float, float]:
+        """What storing the merged weight in `dtype` (default: its own) costs: largest error, its norm, the update's norm."""
+        exact = self.merged_weight()
+        error = exact.to(dtype or self.base_weight.dtype).to(exact.dtype) - exact
+        return float(error.abs().max()), float(error.norm()), float(self.delta().norm())
+
+    def merged_weight(self) -> Tensor:
+        """The weight (N, K) with the active adapter's update, in fp32 or better; whether it is merged at present or not."""
+        return self._sum(self.base_weight.detach() if self._frozen_weight is None else self._frozen_weight)
+
+    def _sum(self, frozen: Tensor) -> Tensor:
+        return frozen.to(torch.promote_types(frozen.dtype, torch.float32)) + self.delta()
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -126,10 +200,11 @@ class LoRALayer(nn.Module):
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a plain checkpoint of the host loads with strict=True: the adapter stays as it is
-        if self.adapted:
-            for name, parameter in zip(("lora_A", "lora_B"), self.adapters(), strict=True):
-                state_dict.setdefault(prefix + name, parameter.detach())
+        # a plain checkpoint of the host loads with strict=True: the adapters stay as they are
+        for name in self._constants:
+            below = prefix if name == DEFAULT else f"{prefix}named.{name}."
+            for key, parameter in zip(("lora_A", "lora_B"), self.adapters_of(name), strict=True):
+                state_dict.setdefault(below + key, parameter.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

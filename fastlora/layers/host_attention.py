@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..config import LoRAConfig
 from .base import LoRALayer
 from .packing import pack, stacked, unpack
 
@@ -41,9 +40,9 @@ class LoRAHostAttention(LoRALayer):
     def base_weights(self) -> tuple[Tensor, ...]:
         return tuple(_fetch(self, name) for name in self._weights)
 
-    def _attach(self, config: LoRAConfig, site: int, active: tuple[bool, ...]) -> None:
+    def _attach(self, site: int, groups: int) -> None:
         self._pack()
-        super()._attach(config, site, active)
+        super()._attach(site, groups)
         self.register_load_state_dict_post_hook(_pack_again)
 
     def _release(self) -> None:

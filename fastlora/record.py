@@ -1,0 +1,146 @@
+"""What a patched model remembers: its adapters by name, the modules they took the place of, and how to reach them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .config import LoRAConfig
+from .layers import LoRALayer
+
+__all__ = [
+    "RECORD",
+    "MergeReport",
+    "PatchReport",
+    "Record",
+    "check_not_merged",
+    "config_of",
+    "layer_at",
+    "lora_layers",
+    "merge_report_of",
+    "patched",
+    "record_of",
+    "report_of",
+]
+
+RECORD = "_fastlora"
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did.
+
+    Args:
+        config: what was asked for.
+        patched: paths of the modules that have an adapter now.
+        skipped: path of a tower or module -> why it was left alone.
+        trainable, total: numbers of parameters.
+    """
+
+    config: LoRAConfig
+    patched: tuple[str, ...]
+    skipped: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        own = " or its own" if self.config.rank_pattern else ""
+        lines = [
+            f"{len(self.patched)} modules adapted, rank {self.config.rank}{own}: {self.trainable:,} trainable parameters of"
+            f" {self.total:,} ({share:.2f} %)"
+        ]
+        return "\n".join(lines + [f"not adapted: {path}: {why}" for path, why in self.skipped.items()])
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What merging did, and what rounding to the weights' dtype cost.
+
+    Args:
+        modules: how many weights hold the adapter's update.
+        dtype: what they are stored in.
+        largest: the largest error of a merged weight against its sum in fp32.
+        relative: norm of all those errors over the norm of the update.
+    """
+
+    modules: int
+    dtype: torch.dtype
+    largest: float
+    relative: float
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        cost = f"rounding to {kind} costs {self.largest:.1e} at most, {100 * self.relative:.2g} % of the update"
+        return f"{self.modules} modules merged, summed in fp32; {cost if self.largest else f'stored in {kind}: no rounding'}"
+
+
+@dataclasses.dataclass
+class Record:
+    """What `unpatch` needs to put the model back."""
+
+    configs: dict[str, LoRAConfig] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    active: str | None = None
+    originals: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    frozen: list[str] = dataclasses.field(default_factory=list)
+
+
+def config_of(model: nn.Module) -> LoRAConfig | None:
+    """The config of the active adapter, or None."""
+    record = record_of(model)
+    return None if record is None or record.active is None else record.configs[record.active]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Path and module of every adapter, text tower first."""
+    for path in patched(model).originals:
+        yield path, layer_at(model, path)
+
+
+def layer_at(model: nn.Module, path: str) -> LoRALayer:
+    """The adapted module at `path`; ValueError where something else stands there now."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, LoRALayer):
+        raise ValueError(f"{path} has lost its adapter: the module there was replaced after fastlora.patch")
+    return layer
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """What a patched model remembers, or None."""
+    return getattr(model, RECORD, None)
+
+
+def patched(model: nn.Module) -> Record:
+    """As `record_of`; ValueError for a model that is not patched."""
+    if (record := record_of(model)) is None:
+        raise ValueError("the model is not patched: call fastlora.patch(model) first")
+    return record
+
+
+def check_not_merged(model: nn.Module, record: Record) -> None:
+    """Raise ValueError where the active adapter is merged."""
+    if any(layer_at(model, path).merged for path in record.originals):
+        raise ValueError("the active adapter is merged into the weights: call fastlora.unmerge(model) first")
+
+
+def report_of(model: nn.Module) -> PatchReport:
+    """What the active adapter is on."""
+    record = patched(model)
+    assert record.active is not None
+    layers = {path: layer for path, layer in lora_layers(model) if layer.adapted}
+    trainable = sum(parameter.numel() for layer in layers.values() for parameter in layer.adapters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return PatchReport(record.configs[record.active], tuple(layers), record.skipped[record.active], trainable, total)
+
+
+def merge_report_of(model: nn.Module, dtype: torch.dtype | None = None) -> MergeReport:
+    """What the active adapter's merged weights lose in `dtype`, by default the weights' own."""
+    layers = [layer for _, layer in lora_layers(model) if layer.adapted]
+    costs = [layer.rounding(dtype) for layer in layers]
+    error, update = (sum(cost[i] ** 2 for cost in costs) ** 0.5 for i in (1, 2))
+    stored = dtype or (layers[0].base_weights()[0].dtype if layers else torch.float32)
+    return MergeReport(len(layers), stored, max((cost[0] for cost in costs), default=0.0), error / update if update else 0.0)
