@@ -248,3 +248,59 @@ def test_onto_a_patched_model(twins: tuple[Any, Any], tmp_path: Path) -> None:
     fastlora.patch(ours, rank=3)
     with pytest.raises(ValueError, match="unpatch it first"):
         fastlora.load(ours, tmp_path)
+
+
+@torch.no_grad()
+def test_transformers_own_model(twins: tuple[Any, Any], tmp_path: Path) -> None:
+    """Patched CLIPModel -> PEFT, another CLIPModel, open_clip's model, and a merged folder for from_pretrained."""
+    from peft import PeftModel
+
+    ours, other, for_peft = (copy.deepcopy(twins[1]) for _ in range(3))
+    batch = inputs(twins[0])
+    plain = transformers_features(ours, *batch)
+    fastlora.patch(ours, targets=ALL, rank=3)
+    randomise_adapters(ours)
+    want = transformers_features(ours, *batch)
+    fastlora.save(ours, tmp_path / "peft", format="peft")
+    there = PeftModel.from_pretrained(for_peft, str(tmp_path / "peft")).eval()
+    assert_close(transformers_features(there.base_model.model, *batch), want, plain)
+    fastlora.load(other, tmp_path / "peft")
+    assert_close(transformers_features(other, *batch), want, plain)
+    elsewhere = copy.deepcopy(twins[0])
+    fastlora.load(elsewhere, tmp_path / "peft")
+    assert_close(features(elsewhere, *batch), want, plain)
+    fastlora.save(ours, tmp_path / "merged", format="merged")
+    assert_close(transformers_features(type(ours).from_pretrained(tmp_path / "merged").eval(), *batch), want, plain)
+    with pytest.raises(FileExistsError, match="not empty"):
+        fastlora.save(ours, tmp_path / "merged", format="merged")
+
+
+@torch.no_grad()
+def test_pefts_on_transformers_own_model(twins: tuple[Any, Any], tmp_path: Path) -> None:
+    ours, theirs = copy.deepcopy(twins[1]), copy.deepcopy(twins[1])
+    batch = inputs(twins[0])
+    plain = transformers_features(ours, *batch)
+    adapted = peft_adapter(theirs, tmp_path, **PEFT_CONFIGS["uneven"])
+    fastlora.load(ours, tmp_path)
+    assert_close(transformers_features(ours, *batch), transformers_features(adapted.base_model.model, *batch), plain)
+
+
+@torch.no_grad()
+def test_a_packed_linear_in_peft(tmp_path: Path) -> None:
+    """timm keeps q, k, v in one nn.Linear, for which PEFT has one A: ours are stacked, and come back the same."""
+    import timm
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    ours = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0).eval()
+    for_peft, again = copy.deepcopy(ours), copy.deepcopy(ours)
+    images = torch.randn(2, 3, 32, 32)
+    plain = ours(images)
+    fastlora.patch(ours, targets=("q", "v", "fc1"), rank=2, encoders="vision")
+    randomise_adapters(ours)
+    want = ours(images)
+    fastlora.save(ours, tmp_path / "peft", format="peft")
+    there = PeftModel.from_pretrained(for_peft, str(tmp_path / "peft")).eval()
+    assert_close((there.base_model.model(images),), (want,), (plain,))
+    fastlora.load(again, tmp_path / "peft")
+    assert_close((again.eval()(images),), (want,), (plain,))
