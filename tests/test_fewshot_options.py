@@ -209,7 +209,8 @@ def test_the_command_line_takes_them(model: str, folder: Path, tmp_path: Path, m
     from fastlora import cli
     from pictures import train_arguments
 
-    more = ("--kl-weight", "0.1", "--kl-temperature", "4", "--lr-ratio", "2", "--average", "0.5")
+    ranks = ("--rank-pattern", "0=0,visual.*=3")
+    more = (*ranks, "--kl-weight", "0.1", "--kl-temperature", "4", "--lr-ratio", "2", "--average", "0.5")
     both = ("--template", "a {}.", "--template", "the {}.")
     monkeypatch.setattr("sys.argv", ["fastlora", *train_arguments(folder, tmp_path / "r", model, *more, *both)])
     with pytest.raises(SystemExit) as left:
@@ -219,6 +220,10 @@ def test_the_command_line_takes_them(model: str, folder: Path, tmp_path: Path, m
     assert {k: values[k] for k in ("kl_weight", "kl_temperature", "lr_ratio", "average", "template")} == {
         "kl_weight": 0.1, "kl_temperature": 4.0, "lr_ratio": 2.0, "average": 0.5, "template": ["a {}.", "the {}."]
     }  # fmt: skip
+    assert values["lora"]["rank_pattern"] == [[0, 0], ["visual.*", 3]]
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "r" / "adapter.safetensors").items() if "lora_A" in name}
+    assert {("visual" in name, shape[-2]) for name, shape in shapes.items()} == {(True, 3), (False, 2)}
+    assert not any("resblocks.0." in name for name in shapes)
 
 
 def test_share_prefix_changes_masks_only(model: str, folder: Path, tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def train(
         int,
         typer.Option(help="Training images with a longer shorter side, in pixels, are shrunk once.", rich_help_panel=TRAINING),
     ] = Recipe.max_side,
+    rank_pattern: Annotated[
+        str,
+        typer.Option(
+            help="Other ranks, by block or module, with commas; 0 for none: 0=0,11=8,visual.*=4.",
+            rich_help_panel=BEYOND,
+            show_default="none",
+        ),
+    ] = "",
     kl_weight: Annotated[
         float, typer.Option(help="Times T² KL(zero-shot, adapted), added to the loss; try 0.1.", rich_help_panel=BEYOND)
     ] = Recipe.kl_weight,
@@ -163,7 +171,7 @@ def train(
     lora = valid(
         lambda: LoRAConfig(
             rank=rank, alpha=alpha, dropout=dropout, targets=_names(targets), encoders=_names(encoders),
-            layers=_layers(layers), scaling=scaling,
+            layers=_layers(layers), scaling=scaling, rank_pattern=_ranks(rank_pattern),
         )
     )  # fmt: skip
     recipe = valid(
@@ -202,6 +210,17 @@ def _layers(text: str) -> str | tuple[int, ...]:
     if parts and all(part.isdecimal() for part in parts):
         return tuple(int(part) for part in parts)
     return text
+
+
+def _ranks(text: str) -> dict[str | int, int]:
+    """ "0=8,visual.*=4" -> {0: 8, "visual.*": 4}."""
+    ranks: dict[str | int, int] = {}
+    for part in _names(text):
+        key, equals, rank = part.rpartition("=")
+        if not equals or not key or not rank.isdecimal():
+            raise ValueError(f"--rank-pattern takes block=rank or pattern=rank, with commas, got {part!r}")
+        ranks[int(key) if key.isdecimal() else key] = int(rank)
+    return ranks
 
 
 def _pretrained(model: str, pretrained: str) -> str | None:
