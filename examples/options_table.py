@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "KL to zero-shot, λ 0.1, T 8": {"kl_weight": 0.1},
     "4 templates, averaged": {"template": TEMPLATES},
     "LoRA+, ratio 4": {"lr_ratio": 4.0},
+    "LoRA+, ratio 4, rate ÷ 4": {"lr_ratio": 4.0, "lr": PLAIN["lr"] / 4},
     "average of the last 25 %": {"average": 0.25},
     "rank 8 in blocks 0-2, 24 above": {"lora": dataclasses.replace(LORA, rank_pattern=RANKS)},
     "full fine-tuning": {"method": "full", "lr": 5e-4},
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace, console: Console) -> None:
     also = (str(args.also),) if args.also else ()
     for data in args.data:
         shared = Shared()
-        for option in OPTIONS:
+        for option in args.options:
             for seed in SEEDS:
                 if (data, option, seed) in done:
                     continue
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--also", type=Path, help="folder of held-out images of the pretraining classes")
     parser.add_argument("--out", type=Path, default=Path("runs/options"), help="where runs do their work")
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--commit", help="what the rows say, where this is not a git checkout")
     parser.add_argument("--render", action="store_true", help="run nothing, make the table of the rows")

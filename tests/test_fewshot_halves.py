@@ -86,6 +86,19 @@ class TestRuns:
         assert also["change"] == pytest.approx(also["accuracy"] - also["zero_shot"], abs=1e-3)
         assert (also["classes"], also["test_images"]) == (2, 6)
 
+    def test_a_sweeps_row_holds_the_halves(self, model: str, folder: Path, tmp_path: Path) -> None:
+        from fastlora.fewshot.sweep.grid import Run
+        from fastlora.fewshot.sweep.results import row_of
+
+        wanted = Run(str(folder), recipe(model, base_to_new=True, method="zero-shot"), "base")
+        metrics = trainer.run(Job(wanted.recipe, wanted.data, tmp_path / wanted.name, device="cpu", brief=True), QUIET)
+        row = row_of(wanted, tmp_path)
+        assert row is not None
+        assert row["base_to_new_harmonic_mean"] == metrics["base_to_new"]["harmonic_mean"]
+        assert (
+            row["base_to_new_new"] == metrics["base_to_new"]["new"] and row["calibration_ece"] == metrics["calibration"]["ece"]
+        )
+
     def test_zero_shot_on_halves_changes_nothing(self, model: str, folder: Path, tmp_path: Path) -> None:
         job = Job(recipe(model, base_to_new=True, method="zero-shot"), str(folder), tmp_path / "r", device="cpu")
         halves = trainer.run(job, QUIET)["base_to_new"]

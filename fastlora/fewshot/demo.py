@@ -18,10 +18,11 @@ from .batches import Draws
 from .compare import Cost, compare
 from .errors import UserError
 from .evaluate import class_logits, encode_images, encode_prompts
+from .prepare import prepare
 from .recipe import ITERATIONS_PER_SHOT, Recipe
 from .runfolder import RunFolder, write_json
 from .shared import Shared
-from .trainer import Job, prepare
+from .trainer import Job
 from .trainer import run as train
 
 __all__ = ["run"]

@@ -13,6 +13,7 @@ from rich.console import Console
 from .. import checkpoint as adapters
 from . import datasets, models, report, summary
 from .crops import Normalise
+from .devices import choose_device, choose_dtype
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
@@ -20,7 +21,6 @@ from .methods import coop
 from .recipe import Recipe, one_or_all, templates
 from .runfolder import RunFolder, atomic, write_json
 from .signals import Signals
-from .trainer import choose_device, choose_dtype
 
 __all__ = ["adapt", "finished", "run"]
 

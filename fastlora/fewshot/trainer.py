@@ -17,26 +17,27 @@ from torch import Tensor
 
 from .. import checkpoint as adapters
 from ..patch import patch
-from . import datasets, memory, models, report, sampling, summary
+from . import datasets, memory, models, report, summary
 from .crops import Normalise
+from .devices import choose_device, choose_dtype
 from .distributed import Ranks
 from .engines import ENGINES
 from .errors import UserError
 from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
 from .halves import base_and_new
-from .images import IMAGES, Decoded, EvalImages, decode_training
+from .images import IMAGES, EvalImages
 from .loop import Loop, load_checkpoint
 from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
 from .objective import ZeroShotTerm, frozen_twin
-from .placement import TrainingSet, training_set
+from .prepare import Prepared, names, prepare
 from .recipe import Recipe, one_or_all, templates
 from .result import Result
 from .runfolder import RunFolder, atomic, identity, write_json
 from .shared import Shared
 from .signals import Signals
 
-__all__ = ["NEW", "TEST", "Job", "Prepared", "choose_device", "choose_dtype", "prepare", "run"]
+__all__ = ["NEW", "TEST", "Job", "run"]
 
 # What the tests of a run are called beside the names of other data sets.
 TEST, NEW = "test", "new classes"
@@ -88,32 +89,6 @@ class Job:
         for name, value, known in (("engine", self.engine, ENGINES), ("images", self.images, IMAGES)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
-
-
-@dataclasses.dataclass
-class Prepared:
-    """A data set's images as a model of one size takes them."""
-
-    dataset: datasets.Dataset
-    shots: sampling.FewShot
-    decoded: Decoded
-    test: EvalImages
-    templates: tuple[str, ...]
-    flip: bool
-
-    def prompts(self) -> list[str]:
-        """Prompts, class by class, one for each template."""
-        return [template.format(name) for name in self.dataset.classes for template in self.templates]
-
-    def training_set(self, recipe: Recipe, loaded: models.LoadedModel, device: torch.device, console: Console) -> TrainingSet:
-        """What is trained on, where `device` gets it fastest."""
-        return training_set(self.shots.train, self.decoded, recipe.max_side, loaded, device, self.flip, console)
-
-    def notes(self) -> list[str]:
-        """What was left out, shrunk or converted: one line each."""
-        drawn, tested = self.decoded, self.test.decoded
-        both = Decoded({}, drawn.broken | tested.broken, drawn.remarks | tested.remarks)
-        return [*self.dataset.notes, *self.shots.notes, *both.notes()]
 
 
 def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, Any]:
@@ -171,7 +146,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
 
         def held_out(about: datasets.Dataset) -> EvalImages:
             items = about.train if about.test is None else about.test
-            key = "test images", loaded.size, about.classes, _names(items)
+            key = "test images", loaded.size, about.classes, names(items)
             return shared.once(whole, key, lambda: EvalImages(items, loaded.size, console))
 
         exams = [exam(TEST, dataset, data.test)]
@@ -203,9 +178,9 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             term = _zero_shot_term(loaded, recipe, exams[0].tokens, dtype)
             context = None
             if recipe.method == "coop":
-                names = [loaded.tokenise([coop.NAMES], sat.classes).to(device) for sat in exams]
+                alone = [loaded.tokenise([coop.NAMES], sat.classes).to(device) for sat in exams]
                 torch.manual_seed(recipe.seed)
-                context, placed, undo = coop.place(loaded.model, names)
+                context, placed, undo = coop.place(loaded.model, alone)
                 lent.callback(undo)
                 exams = [dataclasses.replace(sat, tokens=prompts) for sat, prompts in zip(exams, placed, strict=True)]
             loop = _train(
@@ -228,88 +203,6 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
 
 def _restored(zero_shot: dict[str, Any], exams: list[Exam]) -> dict[str, Result]:
     return {exam.name: Result(exam.classes, **zero_shot[exam.name]) for exam in exams if exam.name in zero_shot}
-
-
-def prepare(
-    dataset: datasets.Dataset,
-    recipe: Recipe,
-    size: int,
-    console: Console,
-    shared: Shared,
-    whole: datasets.Dataset | None = None,
-    images: str = "auto",
-) -> Prepared:
-    """Draw the shots and decode them; a broken image is replaced by another of its class where there is one.
-
-    What is decoded is kept in `shared` as part of `whole`, the data set that `dataset` is a part of.
-
-    Raises:
-        UserError: a class without a readable training image, or no test image at all.
-    """
-    whole = whole or dataset
-    decoded = shared.once(whole, ("training images", recipe.max_side), Decoded)
-    broken: set[str] = set()  # those this run came upon: what others found must not change its draw
-    needs_images = recipe.method != "zero-shot"
-    while True:
-        shots = sampling.draw(dataset, recipe.shots, recipe.seed, broken)
-        have = {item.label for item in shots.train}
-        for label, name in enumerate(dataset.classes):
-            if label not in have:
-                bad = [item.name for item in dataset.train if item.label == label and item.name in broken]
-                why = f"the first is {bad[0]} ({decoded.broken[bad[0]]})" if bad else "there is none"
-                raise UserError(f"class {name!r} has no readable training image: {why}")
-        wanted = [*shots.train, *shots.val] if recipe.uses_frozen_features else shots.train
-        if not needs_images:
-            break
-        # methods on frozen features take crops of all images at once
-        decode_training(wanted, recipe.max_side, decoded, console, images if recipe.trains else "memory")
-        found = {item.name for item in wanted if item.name in decoded.broken}
-        if not found:
-            break
-        broken |= found
-    if not shots.test:
-        raise UserError(f"no test images in {dataset.name}: add a folder test beside train, or more images a class")
-    flip = dataset.flip if recipe.flip is None else recipe.flip
-    test = shared.once(
-        whole, ("test images", size, dataset.classes, _names(shots.test)), lambda: EvalImages(shots.test, size, console)
-    )
-    own = decoded.of([*broken, *(item.name for item in wanted)])
-    return Prepared(dataset, shots, own, test, templates(recipe.template or dataset.template), flip)
-
-
-def _names(items: tuple[datasets.Item, ...]) -> tuple[str, ...]:
-    return tuple(item.name for item in items)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for fp32: on "auto" bf16 on a GPU that has it, else fp16, and fp32 on the CPU.
-
-    Raises:
-        UserError: fp16 on the CPU.
-    """
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision fp16 needs a GPU: choose fp32 or bf16 on the CPU")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
@@ -441,9 +334,9 @@ def _finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, R
     metrics["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
     metrics["notes"] = data.notes()
     metrics["environment"] = summary.environment(device, dtype)
-    names = [item.name for item in data.test.items]
+    tested = [item.name for item in data.test.items]
     with atomic(folder.predictions) as temporary:
-        after.write_csv(temporary, names)
+        after.write_csv(temporary, tested)
     if not job.brief:
         config = json.loads(folder.config.read_text(encoding="utf-8"))
         with atomic(folder.report) as temporary:

@@ -38,6 +38,8 @@ def row_of(run: Run, out: Path) -> dict[str, Any] | None:
     row |= {name: options.pop(name) for name in ("method", "shots", "seed")}
     row |= {name: value for name, value in metrics.items() if name not in LEFT_OUT and _plain(value)}
     row |= {name: value for name, value in metrics.get("training", {}).items() if name != "seconds" and _plain(value)}
+    for group in ("base_to_new", "calibration"):  # base_to_new_harmonic_mean, calibration_ece, …
+        row |= {f"{group}_{name}": value for name, value in metrics.get(group, {}).items() if _plain(value)}
     row["train_seconds"] = metrics.get("training", {}).get("seconds", 0.0)
     row["seconds"] = round(sum(metrics.get("timings", {}).values()), 3)
     row["generated"] = any("generated images" in note for note in metrics.get("notes", ()))

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import models
+from ..devices import choose_device, choose_dtype
 from ..errors import UserError
 from ..shared import Shared
 from ..signals import Signals
-from ..trainer import choose_device, choose_dtype
 from .execute import Place, execute, locate, locked
 from .grid import Grid, Run
 from .results import row_of, write_rows
