@@ -1,10 +1,10 @@
 """The table of docs/options.md: each option beyond the paper's recipe, and each other recipe, against the plain one.
 
-    python examples/options_table.py --root data --also TINY_IMAGENET_FOLDER --out runs/options
+    python benchmarks/options_table.py --root data --also TINY_IMAGENET_FOLDER --out runs/options
 
 The mini CLIP, 4 shots, three seeds, Caltech101 and digits; TINY_IMAGENET_FOLDER holds held-out images of the classes that the
 mini CLIP was pretrained on, one folder a class: what a run forgets is measured there. A row is written when its run is done,
-and a run that has its row is not done again; `--render` makes the table of the rows.
+and a run that has its row is not done again. benchmarks/pages.py puts the table into the page.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from fastlora.fewshot.trainer import Job, run
 
 HOME = Path(__file__).resolve().parents[1]
 ROWS = HOME / "benchmarks" / "results" / "options.jsonl"
-PAGE = HOME / "docs" / "options.md"
-BEGIN, END = "<!-- options table -->", "<!-- end of options table -->"
 SHOTS, SEEDS, STEPS = 4, (1, 2, 3), 80
 TEMPLATES = ("a photo of a {}.", "a close-up photo of a {}.", "a drawing of a {}.", "a small {}.")
 LORA = LoRAConfig(rank=16, alpha=8.0, targets=TARGETS)
@@ -121,12 +119,6 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The text of the page with the table between the two marks."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder that holds caltech-101")
@@ -136,12 +128,9 @@ def main() -> None:
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--commit", help="what the rows say, where this is not a git checkout")
-    parser.add_argument("--render", action="store_true", help="run nothing, make the table of the rows")
     args = parser.parse_args()
     console = Console()
-    if not args.render:
-        measure(args, console)
-    PAGE.write_text(page(rows_so_far()), encoding="utf-8")
+    measure(args, console)
     console.print(table(rows_so_far()))
 
 
