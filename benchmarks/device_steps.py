@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from device import Run
 
 WARM_UP, STEPS = 20, 200
-ENGINES = {"fastlora": ("as written", "compile", "graph"), "textbook": ("as written", "compile")}
+ALL = ("as written", "compile", "graph")
+ENGINES = {"fastlora": ALL, "fastlora, share_prefix": ALL, "textbook": ("as written", "compile")}
 Step = Callable[[], object]
 
 
