@@ -1,8 +1,7 @@
-"""Data sets and the draw of shots: CoOp's layout, plain folders, digits, and folders as people have them."""
+"""Data sets and the draw of shots: plain folders, digits, and folders as people have them."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -13,10 +12,7 @@ from PIL import Image
 from fastlora.fewshot import datasets, sampling
 from fastlora.fewshot.datasets import Dataset, Item
 from fastlora.fewshot.errors import UserError
-from pictures import make_folder, photo, shared_data
-
-CALTECH = shared_data() / "caltech-101"
-needs_caltech = pytest.mark.skipif(not CALTECH.is_dir(), reason="Caltech101 is not here: set FASTLORA_TEST_DATA")
+from pictures import make_folder, photo
 
 
 def some(per_class: list[int], val: int = 0, test: bool = True) -> Dataset:
@@ -170,46 +166,6 @@ class TestFolder:
                 datasets.load(str(root))
         finally:
             (root / "a").chmod(0o755)
-
-
-class TestCoop:
-    @needs_caltech
-    @pytest.mark.parametrize("by", ["name and root", "path"])
-    def test_caltech101_is_complete(self, by: str) -> None:
-        data = datasets.load("caltech101", CALTECH.parent) if by == "name and root" else datasets.load(str(CALTECH))
-        assert data.test is not None
-        assert (len(data.classes), len(data.train), len(data.val), len(data.test)) == (100, 4128, 1649, 2465)
-        assert data.classes[:3] == ("face", "leopard", "motorbike") and data.template == "a photo of a {}."
-
-    def split(self, root: Path, **roles: list[list[object]]) -> str:
-        folder = root / "caltech-101"
-        make_folder(folder / "101_ObjectCategories", ["a", "b"], 2)
-        rows = {"train": [["a/0.png", 0, "big_cat"], ["b/0.png", 1, "b"]], "val": [], "test": [["a/1.png", 0, "big_cat"]]}
-        (folder / "split_zhou_Caltech101.json").write_text(json.dumps(rows | roles))
-        return "caltech101"
-
-    def test_split_file(self, tmp_path: Path) -> None:
-        data = datasets.load(self.split(tmp_path), tmp_path)
-        assert data.classes == ("big cat", "b")
-        assert [item.name for item in data.train] == ["a/0.png", "b/0.png"]
-
-    @pytest.mark.parametrize(
-        ("rows", "says"),
-        [
-            ([["a/9.png", 0, "big_cat"], ["b/0.png", 1, "b"]], "1 of 3 images are missing, the first is .*a/9.png"),
-            ([["a/0.png", 0, "big_cat"], ["b/0.png", 2, "b"]], "labels are not 0 to 1"),
-            ([["a/0.png", 0, "other"], ["b/0.png", 1, "b"]], "is both"),
-            ([["a/0.png", 0]], "not a split file"),
-        ],
-        ids=["missing image", "gap in labels", "two names", "short row"],
-    )
-    def test_bad_splits_are_named(self, tmp_path: Path, rows: list[list[object]], says: str) -> None:
-        with pytest.raises(UserError, match=says):
-            datasets.load(self.split(tmp_path, train=rows), tmp_path)
-
-    def test_no_split_file_says_where_it_looked(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"split_zhou_Caltech101\.json.*--root"):
-            datasets.load("caltech101", tmp_path)
 
 
 def test_digits_have_a_held_out_half() -> None:

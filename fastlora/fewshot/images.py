@@ -7,10 +7,12 @@ are resized and centre-cropped at once. All become upright RGB, transparency is 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .datasets import Item
+from .datasets import Item, Lazy
 
 __all__ = [
     "IMAGES", "Decoded", "EvalImages", "Unreadable", "available_memory", "centre_crop", "decode_training", "gib", "open_rgb",
@@ -90,7 +92,7 @@ def open_rgb(item: Item) -> tuple[Image.Image, set[str]]:
         return Image.fromarray(item.source), set()
     done = set()
     try:
-        with Image.open(item.source) as file:
+        with _opened(item.source) as file:
             file.load()
             image: Image.Image = file.copy() if file.format == "GIF" else file
             upright = ImageOps.exif_transpose(image)
@@ -113,6 +115,14 @@ def open_rgb(item: Item) -> tuple[Image.Image, set[str]]:
     if min(image.size) < TINY:
         done.add(f"smaller than {TINY} pixels, kept")
     return image, done
+
+
+def _opened(source: Path | Lazy) -> Image.Image:
+    """An image whose pixels need not be decoded yet."""
+    if isinstance(source, Path):
+        return Image.open(source)
+    found = source.read()
+    return Image.open(io.BytesIO(found)) if isinstance(found, bytes) else found
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -216,7 +226,7 @@ def _pixels(item: Item, max_side: int) -> int:
         w, h = item.source.shape[1], item.source.shape[0]
     else:
         try:
-            with Image.open(item.source) as file:
+            with _opened(item.source) as file:
                 w, h = file.size
         except Exception:  # told later, when it is decoded
             return 0

@@ -117,6 +117,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
     memory.reset_peak(device)
     with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
         whole = shared.dataset(job.data, job.root)
+        datasets.check_training(whole)
         dataset, new = base_and_new(whole) if recipe.base_to_new else (whole, None)
         others = {data: shared.dataset(data, job.root) for data in job.also}
         models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
