@@ -212,7 +212,11 @@ def test_a_run_in_two_variants_is_carried_out_once(model: str, folder: Path, tmp
 
 
 def test_page_and_figures(undisturbed: tuple[Path, list[dict[str, Any]]], tmp_path: Path, capsys: Any) -> None:
-    rows = [row | {"data": data, "generated": data == "dtd"} for data in ("dtd", "eurosat", "<pets>") for row in undisturbed[1]]
+    rows = [
+        row | {"data": data, "run": data + row["run"], "generated": data == "dtd"}
+        for data in ("dtd", "eurosat", "<pets>")
+        for row in undisturbed[1]
+    ]
     for out in (tmp_path / "a", tmp_path / "b"):
         out.mkdir()
         render.render(rows, "A & B", out, Console(width=200))
