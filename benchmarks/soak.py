@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ import fastlora
 from fastlora.fewshot import datasets, models
 from fastlora.fewshot.engines import graphed
 from fastlora.fewshot.loop import Loop
+from fastlora.fewshot.prepare import prepare
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.shared import Shared
-from fastlora.fewshot.trainer import prepare
 from machine import RESULTS, Rows, environment
 
 RECIPE: dict[str, Any] = {"model": "mini", "pretrained": None, "lr": 1e-3, "crop_scale": (0.5, 1.0), "seed": 1}
@@ -69,6 +70,10 @@ def follow(process: subprocess.Popen[bytes], until: Callable[[], bool]) -> list[
     return samples
 
 
+def _past(until: float) -> bool:
+    return time.monotonic() > until
+
+
 def start(out: Path, args: argparse.Namespace) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command(out, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
@@ -99,7 +104,7 @@ def killed(out: Path, reference: Path, args: argparse.Namespace) -> dict[str, An
                 break
             # at any moment: while it imports, loads, tests, trains or writes a checkpoint
             until = time.monotonic() + draw.uniform(0.5, 2 * args.steps * args.step_seconds / args.kills)
-            follow(process, lambda until=until: time.monotonic() > until)
+            follow(process, partial(_past, until))
             if process.poll() is not None:
                 break
             number = (signal.SIGTERM, signal.SIGKILL)[len(kills) % 2]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 
 from fastlora.fewshot.distributed import ALONE, Ranks
 from pictures import command, make_folder, tiny_clip, train_arguments
@@ -48,6 +50,28 @@ def test_alone_nothing_is_sent() -> None:
     x = torch.ones(3, 2, requires_grad=True)
     assert ALONE.gather(x, 3) is x
     assert ALONE.any(True, torch.device("cpu")) and not ALONE.any(False, torch.device("cpu"))
+
+
+def gather_and_differentiate(rank: int, folder: Path) -> None:
+    """One of two processes: rows of its shard of five, gathered; a loss of its own; the gradients of its rows."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2)
+    local = torch.arange(10.0).view(5, 2)[ranks.shard(5)].requires_grad_()
+    everything = ranks.gather(local, 5)
+    (everything * torch.arange(10.0).view(5, 2) * (rank + 1)).sum().backward()
+    torch.save((everything.detach(), local.grad), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gathered_rows_get_the_gradients_of_all_ranks(tmp_path: Path) -> None:
+    """Shards of two and three rows: each rank's own rows get what both ranks' losses say of them, and nothing twice."""
+    start_processes(gather_and_differentiate, (tmp_path,), nprocs=2, start_method="fork")
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for everything, _ in results:
+        assert torch.equal(everything, torch.arange(10.0).view(5, 2))
+    gradients = torch.cat([gradient for _, gradient in results])
+    assert torch.equal(gradients, 3 * torch.arange(10.0).view(5, 2))
+    assert [len(gradient) for _, gradient in results] == [2, 3]
 
 
 @pytest.mark.slow

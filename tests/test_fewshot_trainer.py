@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -416,3 +417,26 @@ class TestPieces:
         with Signals("x") as signals:
             assert signal.getsignal(signal.SIGTERM) == signals._handle
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+class TestStream:
+    def test_a_streamed_run_is_the_run_in_memory(self, model: str, folder: Path, tmp_path: Path, undisturbed: Path) -> None:
+        job = Job(recipe(model), str(folder), tmp_path / "r", device="cpu", images="stream")
+        said = Console(record=True, file=io.StringIO(), width=200)
+        trainer.run(job, said)
+        assert "processes decode 6 training images anew at each step" in said.export_text()
+        TestResume().same(tmp_path / "r", undisturbed)
+
+    @pytest.mark.parametrize(("name", "value"), [("engine", "fast"), ("images", "disk")])
+    def test_unknown_choices_are_told(self, model: str, folder: Path, tmp_path: Path, name: str, value: str) -> None:
+        with pytest.raises(ValueError, match=f"unknown {name} '{value}': choose from auto, "):
+            Job(recipe(model), str(folder), tmp_path / "r", **{name: value})
+
+    def test_a_graph_without_a_gpu_runs_eagerly_and_says_so(
+        self, model: str, folder: Path, tmp_path: Path, undisturbed: Path
+    ) -> None:
+        said = Console(record=True, file=io.StringIO(), width=200)
+        metrics = trainer.run(Job(recipe(model), str(folder), tmp_path / "r", device="cpu", engine="graph"), said)
+        assert "engine graph needs a CUDA device, the model is on cpu: going on with eager" in said.export_text()
+        assert metrics["training"]["engine"] == "eager"
+        TestResume().same(tmp_path / "r", undisturbed)

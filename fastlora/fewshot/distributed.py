@@ -57,6 +57,10 @@ class Ranks:
         """This rank's part of n things: parts differ by one at most and lie in the order of the ranks."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
+    def shards(self, n: int) -> list[slice]:
+        """The parts of all ranks."""
+        return [Ranks(rank, self.world).shard(n) for rank in range(self.world)]
+
     def gather(self, local: Tensor, n: int) -> Tensor:
         """The rows (n, d) of all ranks from each one's `shard(n)`; backward gives each rank its rows' gradients, summed."""
         return local if self.world == 1 else _Gather.apply(local, n, self)
@@ -102,9 +106,18 @@ class _Gather(torch.autograd.Function):
         parts = [torch.empty_like(padded) for _ in range(ranks.world)]
         dist.all_gather(parts, padded)
         ctx.ranks, ctx.n = ranks, n
-        shards = [Ranks(rank, ranks.world).shard(n) for rank in range(ranks.world)]
-        return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, shards, strict=True)])
+        return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, ranks.shards(n), strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.sum(gradient.contiguous())[ctx.ranks.shard(ctx.n)], None, None
+        ranks, n = ctx.ranks, ctx.n
+        largest, shards = -(-n // ranks.world), ranks.shards(n)
+        padded = gradient.new_zeros(ranks.world, largest, *gradient.shape[1:])
+        for part, shard in zip(padded, shards, strict=True):
+            part[: shard.stop - shard.start] = gradient[shard]
+        mine = torch.empty_like(padded[0])
+        # torch 2.14 renamed it, and warns of the name that 2.11 has
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(mine, padded.flatten(0, 1))
+        own = shards[ranks.rank]
+        return mine[: own.stop - own.start], None, None

@@ -119,10 +119,11 @@ def build(name: str, step: TrainStep, inputs: Inputs, say: Callable[[str], None]
 
 
 def compiled(step: TrainStep, inputs: Inputs) -> Engine:
-    """`step` with its loss compiled; forward and backward run once, to find out now whether they compile."""
+    """`step` with its loss compiled; two steps are tried, as the second finds what the first computed once and kept."""
     step.loss = torch.compile(step._loss, dynamic=False)
     with untouched(step):
-        step(inputs)
+        for _ in range(2):
+            step(inputs)
     return step
 
 
