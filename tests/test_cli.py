@@ -13,6 +13,8 @@ import pytest
 
 from fastlora import cli
 from fastlora.fewshot import datasets, models
+from fastlora.fewshot.datasets import generated
+from fastlora.fewshot.datasets.generated import Mini
 from pictures import command, make_folder, tiny_clip, train_arguments
 
 Ran = namedtuple("Ran", "code out err")
@@ -204,3 +206,12 @@ def test_info(fastlora: Any) -> None:
 def test_as_a_module(tmp_path: Path) -> None:
     ran = subprocess.run(command("train", "nowhere", "--out", "r"), capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+
+
+def test_data_says_what_is_here_and_what_to_put_where(fastlora: Any, tmp_path: Path) -> None:
+    generated.write(tmp_path, ["dtd"], Mini(classes=2, train=2, val=1, test=1, side=16))
+    out = fastlora("data", "--root", str(tmp_path)).out
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│") and len(line.split()) > 6}
+    assert "not complete" in rows["eurosat"] and "not complete" not in rows["dtd"]
+    assert f"eurosat: make the folder {tmp_path / 'eurosat'} with split_zhou_EuroSAT.json" in out
+    assert "dtd: make" not in out and "dtd: put" not in out

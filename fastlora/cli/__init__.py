@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | eval | merge | sweep | bench | info | demo`, one file a command.
+"""The command line: `fastlora train | eval | merge | sweep | data | bench | info | demo`, one file a command.
 
 What a user can put right is one line on stderr and exit code 2, found before models or images are loaded where it can be.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ..fewshot.errors import Interrupted, UserError
-from . import bench, demo, evaluate, info, merge, sweep, train  # noqa: F401 - each adds its command to the app
+from . import bench, data, demo, evaluate, info, merge, sweep, train  # noqa: F401 - each adds its command to the app
 from .app import app
 
 __all__ = ["app", "main"]

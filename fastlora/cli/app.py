@@ -24,7 +24,10 @@ app = typer.Typer(
 )
 
 T = TypeVar("T")
-DATA_HELP = "A folder with one sub-folder a class (or train/ and test/ of such), a known set (caltech101), or digits."
+DATA_HELP = (
+    "A folder with one sub-folder a class (or train/ and test/ of such), a table (.csv, .tsv, .parquet) with a column path and"
+    " a column label, a known set (fastlora data lists them), or digits."
+)
 DEVICE_HELP = "auto (the GPU where there is one), cpu, cuda, cuda:1, …"
 
 

@@ -1,7 +1,7 @@
 """Data sets from where people keep them; one small reader a source, and all give the same `Dataset`.
 
-A folder with one sub-folder a class, the 11 sets of the paper, or scikit-learn's digits. Nothing is decoded here: a data set
-is a list of names. What was left out, and why, is counted in `notes`.
+A folder with one sub-folder a class, a table of paths and labels, the 11 sets of the paper, or scikit-learn's digits. Nothing
+is decoded here: a data set is a list of names. What was left out, and why, is counted in `notes`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from . import coop, digits, folder
+from . import coop, digits, folder, table
 from .base import Dataset, Item, Lazy, check_training
 from .known import KNOWN, identify, locate
 from .words import read_class_names, read_templates, rename
 
-__all__ = ["KNOWN", "Dataset", "Item", "Lazy", "Reading", "check_training", "find", "load", "read_templates"]
+__all__ = ["KNOWN", "Dataset", "Item", "Lazy", "Reading", "check_training", "find", "load", "locate", "read_templates"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load(data: str, root: Path = Path("data"), how: Reading | None = None) -> Da
     """The data set that `data` names.
 
     Args:
-        data: "digits", a known set under `root`, or a path to a folder.
+        data: "digits", a known set under `root`, or a path to a folder or a table (.csv, .tsv, .parquet).
         root: the folder that holds known sets.
         how: class names of one's own.
 
@@ -70,9 +70,14 @@ def find(data: str, root: Path) -> Found:
         assert located.place is not None
         return _known(data, located.place)
     path = Path(data).expanduser()
+    if path.is_file() and path.suffix.lower() in table.ENDINGS:
+        return Found("a table of paths and labels", lambda how: table.read(path))
     if not path.is_dir():
-        what = "is a file, not a folder" if path.is_file() else "does not exist"
-        raise UserError(f"DATA {data} {what}: give a folder with one sub-folder a class, or {', '.join(['digits', *KNOWN])}")
+        what = "is a file, not a folder or a table" if path.is_file() else "does not exist"
+        raise UserError(
+            f"DATA {data} {what}: give a folder with one sub-folder a class, a table ({', '.join(table.ENDINGS)}), or"
+            f" {', '.join(['digits', *KNOWN])}"
+        )
     if name := identify(path):
         return _known(name, path)
     return Found("a folder a class", lambda how: folder.read(path))
