@@ -183,17 +183,16 @@ def jobs(configs: list[Config]) -> Iterator[Job]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of README.md from the rows that --rows writes: Hopper's kernels for small ranks, and all others in a line."""
-    columns = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load", "seconds")
+    columns = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
     head, *found = rows
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in found:
         if row["class"].startswith("sm_90 bfloat16 half r16") and row["kernel"] not in ("pack_kernel", "reduce_kernel"):
             lines.append("| " + " | ".join(str(row[c]).removeprefix("sm_90 bfloat16 half ") for c in columns) + " |")
-    total = {name: sum(row[name] for row in found) for name in ("spills_in_loops", "seconds")}
     lines.append(
         f"\nTriton {head['triton']}, the whole table for sm_80, sm_90 and sm_100: {len(found)} kernels, "
         f"{sum(bool(row['problems']) for row in found)} with problems, at most {max(row['stack'] for row in found)} bytes of "
-        f"stack, {total['spills_in_loops']} spills in loops with products, {total['seconds']:.0f} s."
+        f"stack, {sum(row['spills_in_loops'] for row in found)} spills in loops with products."
     )
     return "\n".join(lines)
 

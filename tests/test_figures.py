@@ -58,3 +58,13 @@ def test_mini_clips_card_has_the_figures_of_its_log() -> None:
         f"{last['seconds'] / 60:.0f} minutes",
     ):
         assert figure in card, figure
+
+
+def test_what_the_kernels_compile_to_is_that_of_the_rows() -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    from fastlora.kernels import compile as compiler
+
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "compiled.jsonl").read_text().splitlines()]
+    page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert page.split("<!-- compiled -->\n")[1].split("\n<!-- end -->")[0] == compiler.markdown(rows)
+    assert not [row for row in rows[1:] if row["problems"]]
