@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastlora
@@ -182,6 +183,29 @@ def saved(host: Host) -> str:
     return "yes"
 
 
+def exported(host: Host) -> str:
+    """Where an adapter goes: the merged checkpoint in the plain host by its own loader; PEFT's format in PEFT itself."""
+    model = patched(host)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        adapted = host.outputs(model)
+        fastlora.save(model, f"{folder}/merged", format="merged")
+        path = Path(folder) / "merged"
+        if path.is_dir():
+            other = type(plain(host)).from_pretrained(path)
+        else:
+            other = copy.deepcopy(plain(host))
+            other.load_state_dict(load_file(path))
+        close(host.outputs(other.eval()), adapted, 256)
+        if not path.is_dir():
+            return "merged"
+        import peft
+
+        fastlora.save(model, f"{folder}/peft", format="peft")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain(host)), f"{folder}/peft")
+        close(host.outputs(theirs.base_model.model.eval()), adapted, 256)
+    return "merged, PEFT"
+
+
 def compiled(host: Host) -> str:
     """torch.compile(fullgraph=True) takes the adapted model; outputs are the same."""
     model = patched(host)
@@ -202,6 +226,7 @@ COLUMNS: dict[str, Callable[[Host], str]] = {
     "unpatch": undone,
     "merge": merged,
     "save, load": saved,
+    "exports": exported,
     "compile": compiled,
 }
 
