@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -355,3 +356,10 @@ def test_masks_differ_between_projections_and_layers_of_a_host() -> None:
     again = model.get_image_features(PAIR[0])
     for value in ("pooler_output",):
         assert not torch.equal(first[value], second[value]) and torch.equal(first[value], again[value])
+
+
+def test_a_gated_mlp_has_no_name_in_pefts_file_for_clip(tmp_path: Path) -> None:
+    host = next(host for host in HOSTS if host.model == "EVA02-B-16")
+    with pytest.raises(ValueError, match="CLIPModel, which has no gated MLP as at visual"):
+        fastlora.save(hosts_table.patched(host), tmp_path / "peft", format="peft")
+    assert not (tmp_path / "peft").exists()

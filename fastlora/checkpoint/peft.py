@@ -40,9 +40,14 @@ _HARMLESS = {
 def write(model: nn.Module, config: LoRAConfig, path: Path) -> None:
     """A folder that PeftModel.from_pretrained puts on the same model, or, where PEFT has no name for a host's projections
     (nn.MultiheadAttention), on transformers' CLIPModel with the same weights. Each file is written whole or not at all.
+
+    Raises:
+        ValueError: an adapter on a module that CLIPModel does not have.
     """
     parts, where = parts_of(model), slots(model)
     translated = any(slot.linear is None for slot in where.values())
+    if translated and (gated := [where[place].path for place in parts if place.number]):
+        raise ValueError(f"PEFT's file has the names of transformers' CLIPModel, which has no gated MLP as at {gated[0]}")
     by_name: dict[str, list[Place]] = {}
     for place in parts:
         clip = f"{place.encoder}_model.encoder.layers.{place.block}.{NAMES[place.target]}"
