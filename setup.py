@@ -27,11 +27,12 @@ EXTRAS = {
     "timm": ["timm"],
     "peft": ["peft"],
     "ray": ["ray"],
+    "datasets": ["datasets"],  # Hugging Face sets as DATA
     "parquet": ["pyarrow"],  # tables of images, and the rows of a sweep
     "dev": ["accelerate", "build", "hypothesis", "lightning", "mypy", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
 }
 # what the tests hold the library against: the suite runs with every host and every format
-EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "parquet") for name in EXTRAS[extra]]
+EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "datasets", "parquet") for name in EXTRAS[extra]]
 
 setup(
     name="fastlora",

@@ -65,8 +65,11 @@ def test_parquet_and_no_split(folder: Path) -> None:
     [
         ("", "is empty: its first row names the columns"),
         (HEADER, "lists no image"),
-        ("path,colour\na/red 0.png,red\n", "no column for the label: it has path, colour; name one label or class"),
-        ("picture,label\na/red 0.png,red\n", "no column for the path"),
+        (
+            "path,colour\na/red 0.png,red\n",
+            "no column for the label: it has path, colour; name one label or class",
+        ),
+        ("picture,label\na/red 0.png,red\n", "no column for the image"),
         (HEADER + "a/red 0.png,red\n", "row 2: 2 cells, but the first row names 3 columns"),
         (HEADER + "a/red 0.png,,train\n", "row 2: label is empty"),
         (HEADER + "a/red 0.png,red,later\n", "row 2: split is 'later': write train, val or test"),

@@ -10,6 +10,7 @@ import pytest
 
 from fastlora.config import LoRAConfig
 from fastlora.fewshot.errors import UserError
+from fastlora.fewshot.reading import Reading
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.sweep import grid as grids
 from fastlora.fewshot.sweep.grid import Run, parse, read
@@ -62,8 +63,8 @@ def test_defaults_are_those_of_train() -> None:
 
 
 def test_every_option_of_train_is_an_option_of_a_grid() -> None:
-    names = {f.name for cls in (Recipe, LoRAConfig) for f in dataclasses.fields(cls)}
-    assert names - set(OPTIONS) == {"shots", "seed", "lora", "backend"}
+    names = {f.name for cls in (Recipe, LoRAConfig, Reading) for f in dataclasses.fields(cls)}
+    assert names - set(OPTIONS) == {"shots", "seed", "lora", "reading", "backend"}
     for cls in (Recipe, LoRAConfig):
         for field in dataclasses.fields(cls):
             if field.name in OPTIONS:

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..fewshot.errors import UserError
+from ..fewshot.reading import Reading
 from ..fewshot.recipe import templates
-from .app import DATA_HELP, DEVICE_HELP, app, console, valid
+from .app import DATA_HELP, DEVICE_HELP, ClassNames, ImageColumn, LabelColumn, Root, SplitColumn, app, console, valid
 
 __all__ = ["evaluate"]
 
@@ -23,19 +24,30 @@ def evaluate(
         typer.Option(help="Folder for metrics.json, predictions.csv, report.html.", show_default="none written"),
     ] = None,
     template: Annotated[
-        list[str] | None, typer.Option(help="The prompt; several are averaged.", show_default="the run's")
+        list[str] | None, typer.Option(help="The prompt, or a file of them; several are averaged.", show_default="the run's")
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    root: Annotated[Path, typer.Option(help="Folder that holds the known sets.")] = Path("data"),
+    class_names: ClassNames = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    root: Root = Path("data"),
 ) -> None:
-    """Test the model that RUN adapted on DATA: its test images, or in a plain folder all that RUN did not train on."""
+    """Test the model that RUN adapted on DATA: its test images, or in a plain folder all that RUN did not train on.
+
+    RUN's own data are read as RUN read them, unless an option of the panel Data is given.
+    """
+    from ..fewshot import datasets
     from ..fewshot.runfolder import RunFolder
 
-    prompts = valid(lambda: templates(template)) if template else None
+    prompts = valid(lambda: templates(datasets.prompts(template))) if template else None
+    reading = valid(lambda: Reading(class_names, image_column, label_column, split_column))
     folder = RunFolder(run)
     folder.read_config()
     if out is not None and RunFolder(out).metrics.exists():
         raise UserError(f"--out {out} holds another result: choose another folder")
+    datasets.find(data, root)
     from ..fewshot import evalrun
 
-    evalrun.run(folder, data, root, device, out, prompts, console())
+    how = None if reading == Reading() else reading
+    evalrun.run(folder, data, root, device, out, prompts, console(), how)

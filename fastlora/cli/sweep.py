@@ -29,7 +29,7 @@ def sweep(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Data sets, with commas.")] = None,
     shots: Annotated[str | None, typer.Option(help="Numbers of images a class, with commas.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.  [default: 1,2,3]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.", show_default="1,2,3")] = None,
     root: Annotated[
         list[Path] | None, typer.Option(help="Folder that holds the known sets; several are looked through in order.")
     ] = None,
@@ -37,7 +37,7 @@ def sweep(
     engine: Annotated[str, typer.Option(help="local, or ray: on every machine of a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="The Ray cluster; none starts one on this machine.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Runs at a time with --engine ray.  [default: one a GPU, or a core]")
+        int | None, typer.Option(help="Runs at a time with --engine ray.", show_default="one a GPU, or a core")
     ] = None,
     reports: Annotated[bool, typer.Option("--reports", help="A report.html for every run, too.")] = False,
     render: Annotated[bool, typer.Option("--render", help="Run nothing; tables and figures of what is done.")] = False,

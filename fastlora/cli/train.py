@@ -10,8 +10,21 @@ from typing import Annotated
 import typer
 
 from ..config import ENCODERS, LAYERS, SCALINGS, TARGETS, LoRAConfig
+from ..fewshot.reading import Reading
 from ..fewshot.recipe import METHODS, PRECISIONS, Recipe
-from .app import DATA_HELP, DEVICE_HELP, app, console, valid
+from .app import (
+    DATA_HELP,
+    DEVICE_HELP,
+    ClassNames,
+    ImageColumn,
+    LabelColumn,
+    Root,
+    SplitColumn,
+    Validation,
+    app,
+    console,
+    valid,
+)
 
 __all__ = ["train"]
 
@@ -29,6 +42,12 @@ def train(
     shots: Annotated[int, typer.Option(help="Labelled images per class to train on.")] = Recipe.shots,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; all but the first for comparison.")] = Recipe.method,
     seed: Annotated[int, typer.Option(help="Of the images drawn, their order and crops, the adapters, dropout.")] = Recipe.seed,
+    class_names: ClassNames = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    validation: Validation = Reading.validation,
+    root: Root = Path("data"),
     model: Annotated[
         str, typer.Option(help="An open_clip model, or mini, which comes with fastlora.", rich_help_panel=MODEL)
     ] = Recipe.model,
@@ -41,7 +60,7 @@ def train(
     template: Annotated[
         list[str] | None,
         typer.Option(
-            help="The prompt, {} for the class name. Several (repeat the option) are averaged.",
+            help="The prompt, {} for the class name, or a file of them. Several (lines, or the option again) are averaged.",
             rich_help_panel=MODEL,
             show_default=f'the data set\'s own, mostly "{PAPER}"',
         ),
@@ -157,7 +176,6 @@ def train(
             rich_help_panel=RUNNING,
         ),
     ] = "auto",
-    root: Annotated[Path, typer.Option(help="Folder that holds the known sets.", rich_help_panel=RUNNING)] = Path("data"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in RUN.", rich_help_panel=RUNNING)
     ] = False,
@@ -174,17 +192,19 @@ def train(
             layers=_layers(layers), scaling=scaling, rank_pattern=_ranks(rank_pattern),
         )
     )  # fmt: skip
+    from ..fewshot import datasets
+
+    reading = valid(lambda: Reading(class_names, image_column, label_column, split_column, validation))
     recipe = valid(
         lambda: Recipe(
             model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
             batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas,
-            template=tuple(template) if template else None,
+            template=datasets.prompts(template) if template else None,
             crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, kl_weight=kl_weight,
             kl_temperature=kl_temperature, lr_ratio=lr_ratio, average=average, share_prefix=share_prefix,
-            base_to_new=base_to_new, precision=precision, lora=lora,
+            base_to_new=base_to_new, precision=precision, lora=lora, reading=reading,
         )
     )  # fmt: skip
-    from ..fewshot import datasets
     from ..fewshot.runfolder import RunFolder, identity
 
     # the trainer checks all of it again; here nothing heavy is loaded yet

@@ -33,6 +33,7 @@ def run(
     out: Path | None,
     template: str | tuple[str, ...] | None,
     console: Console,
+    how: datasets.Reading | None = None,
 ) -> dict[str, Any]:
     """Test the adapted model of `folder` on `data`, beside the model before; returns what metrics.json holds.
 
@@ -41,16 +42,19 @@ def run(
         data: what `datasets.load` takes. Other classes than the run's are fine: they are words.
         out: where metrics.json, predictions.csv and report.html go, or None.
         template: the prompt or several, or None for the run's.
+        how: how `data` is read; None for as the run read it, if these are the run's own data.
 
     Raises:
-        UserError: a run that is not finished or left nothing to load, or a bad data set.
+        UserError: a run that is not finished or left nothing to load, a bad data set, a class without a test image.
     """
     config, recipe = finished(folder)
     if not recipe.names_any_class:
         raise UserError(f"the run in {folder.path} is by {recipe.method}, which leaves no model to test")
     device = choose_device(device_name)
     dtype = choose_dtype(recipe.precision, device)
-    dataset = datasets.load(data, root)
+    if how is None:
+        how = recipe.reading if data == config["data"] else datasets.Reading()
+    dataset = datasets.load(data, root, how)
     items = dataset.test
     notes = list(dataset.notes)
     if items is None:
@@ -59,6 +63,7 @@ def run(
             trained = set(json.loads(folder.split.read_text(encoding="utf-8"))["train"])
             items = tuple(item for item in items if item.name not in trained)
             notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
+    datasets.check_test(dataset, items)
     with Signals("run it again"):
         models.check(recipe.model, recipe.pretrained)
         loaded = models.load(recipe.model, recipe.pretrained, device)
@@ -80,7 +85,7 @@ def run(
         elif recipe.method != "zero-shot":
             adapt(loaded.model, recipe, folder)
             after = evaluate(loaded.model, *rest)
-        resolved = {"template": prompt, "data": data}
+        resolved = {"template": prompt, "data": data, "reading": dataclasses.asdict(how)}
         metrics = {"method": recipe.method, "run": str(folder.path), **summary.measures(before, after), "resolved": resolved}
         metrics["timings"] = {"test": round(time.monotonic() - begun, 3)}
         metrics["notes"] = [*notes, *test.decoded.notes()]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import LoRAConfig
+from .reading import Reading
 
 __all__ = ["METHODS", "PRECISIONS", "Recipe", "one_or_all", "templates"]
 
@@ -54,6 +55,7 @@ class Recipe:
         base_to_new: train on the first half of the classes alone, test on each half by its own words.
         precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp16; fp32 on the CPU.
         lora: rank, alpha, dropout, targets, encoders, layers, scaling.
+        reading: class names and columns of one's own, the share held out for validation.
 
     Raises:
         ValueError: a value outside its range, with the range.
@@ -82,6 +84,7 @@ class Recipe:
     base_to_new: bool = False
     precision: str = "auto"
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
@@ -172,6 +175,8 @@ class Recipe:
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         if isinstance(plain.get("lora"), dict):
             plain["lora"] = LoRAConfig.from_dict(plain["lora"])
+        if isinstance(plain.get("reading"), dict):
+            plain["reading"] = Reading(**plain["reading"])
         return cls(**plain)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ class RunFolder:
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"--out {self.path}: no permission to write in {existing}")
         self.check_space(LEAST_SPACE)
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """Raise UserError if the run that is here began with other class names."""
+        there = self.read_config().get("classes") if self.config.is_file() else None
+        if there is not None and there != list(classes):
+            was, now = next(((a, b) for a, b in zip(there, classes, strict=False) if a != b), (len(there), len(classes)))
+            raise UserError(f"--resume: the run in {self.path} has the class {was!r} where there is {now!r} now")
 
     def check_space(self, needed: int) -> None:
         """Raise UserError unless `needed` bytes are free where the folder is, or will be."""

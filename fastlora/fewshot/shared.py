@@ -30,16 +30,18 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._datasets: dict[tuple[str, Path], datasets.Dataset] = {}
+        self._datasets: dict[Hashable, datasets.Dataset] = {}
         self._model: tuple[Hashable, models.LoadedModel] | None = None
         self._about: datasets.Dataset | None = None
         self._kept: dict[Hashable, Any] = {}
 
-    def dataset(self, data: str, root: Path) -> datasets.Dataset:
-        """What `datasets.load` gives, read once."""
-        key = data, root
+    def dataset(self, data: str | datasets.Dataset, root: Path, how: datasets.Reading) -> datasets.Dataset:
+        """What `datasets.load` gives, read once; a Dataset is itself."""
+        if isinstance(data, datasets.Dataset):
+            return data
+        key = data, root, how
         if key not in self._datasets:
-            self._datasets[key] = datasets.load(data, root)
+            self._datasets[key] = datasets.load(data, root, how)
         return self._datasets[key]
 
     @contextlib.contextmanager

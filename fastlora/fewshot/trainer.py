@@ -51,7 +51,7 @@ class Job:
 
     Args:
         recipe: everything that decides the outcome.
-        data: what `datasets.load` takes.
+        data: what `datasets.load` takes, or a Dataset (`datasets.from_torch` makes one), which is called by its name.
         root: where known sets are looked for.
         out: the folder of the run.
         device: "auto", "cpu", "cuda", "cuda:1", …
@@ -68,7 +68,7 @@ class Job:
     """
 
     recipe: Recipe
-    data: str
+    data: str | datasets.Dataset
     out: Path
     root: Path = Path("data")
     device: str = "auto"
@@ -82,13 +82,20 @@ class Job:
     also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, datasets.Dataset) and self.recipe.reading != datasets.Reading():
+            raise UserError(f"data set {self.data.name} is read already: leave the recipe's reading as it is")
         if self.also and not self.recipe.names_any_class:
             raise UserError(f"--also: {self.recipe.method} tells only the classes it was trained on: leave --also out")
-        if twice := next((data for i, data in enumerate(self.also) if data in (self.data, *self.also[:i])), None):
+        if twice := next((data for i, data in enumerate(self.also) if data in (self.called, *self.also[:i])), None):
             raise UserError(f"--also {twice} is tested anyway: name other data sets, each once")
         for name, value, known in (("engine", self.engine, ENGINES), ("images", self.images, IMAGES)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+
+    @property
+    def called(self) -> str:
+        """What config.json calls the data."""
+        return self.data if isinstance(self.data, str) else self.data.name
 
 
 def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, Any]:
@@ -99,7 +106,7 @@ def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, A
         Interrupted: a signal stopped the run; it can be resumed.
     """
     folder = RunFolder(job.out)
-    folder.check(identity(job.recipe, job.data), job.resume)
+    folder.check(identity(job.recipe, job.called), job.resume)
     if folder.metrics.is_file():
         console.print(f"the run in {job.out} is finished already")
         return _read_metrics(folder)
@@ -116,11 +123,15 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
     dtype = choose_dtype(recipe.precision, device)
     memory.reset_peak(device)
     with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
-        whole = shared.dataset(job.data, job.root)
+        whole = shared.dataset(job.data, job.root, recipe.reading)
         datasets.check_training(whole)
         dataset, new = base_and_new(whole) if recipe.base_to_new else (whole, None)
-        others = {data: shared.dataset(data, job.root) for data in job.also}
+        others = {data: shared.dataset(data, job.root, datasets.Reading()) for data in job.also}
+        for other in others.values():
+            datasets.check_test(other)
         models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
+        if job.resume:
+            RunFolder(job.out).check_classes(dataset.classes)
         begun = time.monotonic()
         loaded = lent.enter_context(shared.model(recipe.model, recipe.pretrained, device, recipe.method == "full"))
         data = prepare(dataset, recipe, loaded.size, console, shared, whole, job.images)
@@ -130,7 +141,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
         }  # fmt: skip
-        write_json(folder.config, identity(recipe, job.data) | setting)
+        write_json(folder.config, identity(recipe, job.called) | setting)
         split = {"train": [item.name for item in data.shots.train], "val": [item.name for item in data.shots.val]}
         if len(dataset.classes) < ranks.world:
             raise UserError(f"{ranks.world} processes share {len(dataset.classes)} class prompts: start one a class at most")
@@ -138,7 +149,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         state = load_checkpoint(checkpoint) if job.resume and checkpoint.is_file() else None
         ranks.wait()  # nobody writes before all have read
         if state is not None and state["extra"]["split"] != split:
-            raise UserError(f"--resume: the images in {job.data} are not those the run in {job.out} began with")
+            raise UserError(f"--resume: the images in {job.called} are not those the run in {job.out} began with")
         write_json(folder.split, split)
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
@@ -163,7 +174,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
                 say = partial(evaluate, loaded.model, sat, normalise, dtype, console, what)
                 before[sat.name] = shared.once(whole, (what, *frozen, recipe.template, sat.classes, sat.images), say)
             if not len(before[sat.name].labels):
-                where = job.data if sat.name in (TEST, NEW) else sat.name
+                where = job.called if sat.name in (TEST, NEW) else sat.name
                 raise UserError(f"no test image of {where} can be read, the first is {sat.images.first_broken()}")
         if state is not None:
             console.print(f"going on from step {state['step']} of {recipe.steps}")

@@ -1,7 +1,9 @@
 """Data sets from where people keep them; one small reader a source, and all give the same `Dataset`.
 
-A folder with one sub-folder a class, a table of paths and labels, the 11 sets of the paper, or scikit-learn's digits. Nothing
-is decoded here: a data set is a list of names. What was left out, and why, is counted in `notes`.
+What lies at a path is told by what is there: a folder with one sub-folder a class, a table of paths and labels, WebDataset
+tars, a set that Hugging Face's `datasets` saved, or one of the paper's 11. What a library keeps has its name before it:
+`hf:NAME`, `torchvision:NAME`. Nothing is decoded here: a data set is a list of names. What was left out, and why, is counted in
+`notes`.
 """
 
 from __future__ import annotations
@@ -11,48 +13,51 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from . import coop, digits, folder, table
-from .base import Dataset, Item, Lazy, check_training
+from ..reading import Reading
+from . import coop, digits, folder, huggingface, table, tars, torchvision
+from .base import Dataset, Item, Lazy, check_test, check_training
+from .held_out import hold_out
 from .known import KNOWN, identify, locate
-from .words import read_class_names, read_templates, rename
+from .torchvision import from_torch
+from .words import prompts, read_class_names, rename
 
-__all__ = ["KNOWN", "Dataset", "Item", "Lazy", "Reading", "check_training", "find", "load", "locate", "read_templates"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How to read DATA, beside its name and root; the defaults read every source that follows common habits.
-
-    Args:
-        class_names: a file with the names of the classes, one a line, or lines of label, tab, name.
-    """
-
-    class_names: Path | None = None
+__all__ = [
+    "KNOWN", "Dataset", "Item", "Lazy", "Reading", "check_test", "check_training", "find", "from_torch", "load", "locate",
+    "prompts",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What DATA names: how to read it, once it is known to be there."""
+    """What DATA names: what it is, how to read it, and whether it has columns that a user may name."""
 
     kind: str
     read: Callable[[Reading], Dataset]
+    columns: bool = False
 
 
 def load(data: str, root: Path = Path("data"), how: Reading | None = None) -> Dataset:
     """The data set that `data` names.
 
     Args:
-        data: "digits", a known set under `root`, or a path to a folder or a table (.csv, .tsv, .parquet).
-        root: the folder that holds known sets.
-        how: class names of one's own.
+        data: "digits", a known set under `root`, "hf:NAME", "torchvision:NAME", or a path: a folder a class, a table (.csv,
+            .tsv, .parquet), WebDataset tars (a file, a folder, a pattern in braces), a saved Hugging Face set.
+        root: the folder that holds known sets and torchvision's.
+        how: class names and columns of one's own, a share held out for validation.
 
     Raises:
         UserError: whatever is missing or does not fit, and what would be right.
     """
     how = how or Reading()
-    names = None if how.class_names is None else read_class_names(how.class_names)
-    dataset = find(data, root).read(how)
-    return dataset if names is None or how.class_names is None else rename(dataset, names, how.class_names)
+    names = None if how.class_names is None else read_class_names(Path(how.class_names).expanduser())
+    found = find(data, root)
+    if how.columns() and not found.columns:
+        option = next(iter(how.columns()))
+        raise UserError(f"--{option}-column: DATA {data} is {found.kind}, which has no columns")
+    dataset = found.read(how)
+    if names is not None and how.class_names is not None:
+        dataset = rename(dataset, names, Path(how.class_names))
+    return hold_out(dataset, how.validation) if how.validation else dataset
 
 
 def find(data: str, root: Path) -> Found:
@@ -69,17 +74,26 @@ def find(data: str, root: Path) -> Found:
             raise UserError(f"data set {data} is not complete: {'; '.join(located.missing)} (--root names the folder {root})")
         assert located.place is not None
         return _known(data, located.place)
+    library, _, name = data.partition(":")
+    if library == "hf" and name:
+        return Found("a Hugging Face set", lambda how: huggingface.read(name, how), columns=True)
+    if library == "torchvision" and name:
+        return Found("a set of torchvision", lambda how: torchvision.read(name, root))
+    if shards := tars.find(data):
+        return Found("WebDataset tars", lambda how: tars.read(data, shards, how), columns=True)
     path = Path(data).expanduser()
     if path.is_file() and path.suffix.lower() in table.ENDINGS:
-        return Found("a table of paths and labels", lambda how: table.read(path))
+        return Found("a table of paths and labels", lambda how: table.read(path, how), columns=True)
     if not path.is_dir():
-        what = "is a file, not a folder or a table" if path.is_file() else "does not exist"
+        what = "is a file, not a folder, a table or a tar" if path.is_file() else "does not exist"
         raise UserError(
-            f"DATA {data} {what}: give a folder with one sub-folder a class, a table ({', '.join(table.ENDINGS)}), or"
-            f" {', '.join(['digits', *KNOWN])}"
+            f"DATA {data} {what}: give a folder with one sub-folder a class, a table ({', '.join(table.ENDINGS)}), tars (.tar),"
+            f" hf:NAME, torchvision:NAME, or {', '.join(['digits', *KNOWN])}"
         )
-    if name := identify(path):
-        return _known(name, path)
+    if huggingface.is_saved(path):
+        return Found("a saved Hugging Face set", lambda how: huggingface.read(data, how), columns=True)
+    if known := identify(path):
+        return _known(known, path)
     return Found("a folder a class", lambda how: folder.read(path))
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "Item",
     "Lazy",
     "Row",
+    "check_test",
     "check_training",
     "class_name",
     "from_rows",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 TEMPLATE = "a photo of a {}."
+UNNAMED = "classes without names, prompted as the numbers"
 IMAGE_ENDINGS = (".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
                  ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 ROLES = {
@@ -117,7 +119,7 @@ def from_rows(
         notes: what the reader left out.
 
     Raises:
-        UserError: no row, one class, labels with gaps, one image twice, no training image.
+        UserError: no row, one class, labels with gaps, one image twice.
     """
     if not rows:
         raise UserError(f"{where} lists no image")
@@ -132,7 +134,7 @@ def from_rows(
         raise UserError(f"{where} has one class, {names[0]!r}: give it at least two")
     notes = [*notes]
     if numbers and classes is None:
-        notes.append(f"classes without names, prompted as the numbers 0 to {len(names) - 1}: --class-names FILE names them")
+        notes.append(f"{UNNAMED} 0 to {len(names) - 1}: --class-names FILE names them")
     seen: dict[str, Row] = {}
     roles: dict[str | None, list[Item]] = {None: [], "train": [], "val": [], "test": []}
     for row in rows:
@@ -149,8 +151,6 @@ def from_rows(
         raise UserError(f"{where} gives some images a split and others none: {unsplit[0].name} is the first without")
     if unsplit:
         return Dataset(name, tuple(names), unsplit, notes=tuple(notes))
-    if not train:
-        raise UserError(f"{where} has no training image: no split in it is called train")
     if val and not test:
         return Dataset(name, tuple(names), train, (), val, notes=(*notes, "tested on val: there is no split named test"))
     return Dataset(name, tuple(names), train, val, test or None, notes=tuple(notes))
@@ -158,6 +158,8 @@ def from_rows(
 
 def _numbered(where: str, rows: Iterable[Row], classes: Sequence[str] | None) -> tuple[list[str], dict[str, int]]:
     """Names and indices of labels "0", "1", …, each of which must occur unless `classes` says how many there are."""
+    if bad := next((row for row in rows if not row.label.isdecimal()), None):
+        raise UserError(f"{where} has label {bad.label!r} at {bad.name}: its classes are numbered from 0")
     index = {row.label: int(row.label) for row in rows}
     top = max(index.values()) if classes is None else len(classes) - 1
     if unknown := sorted(i for i in index.values() if i > top):
@@ -185,12 +187,22 @@ def refuse_duplicates(names: Sequence[str], tell: Callable[[int, int], str]) -> 
 
 def check_training(dataset: Dataset) -> None:
     """Raise UserError unless shots can be drawn of each class and accuracy be measured on each."""
+    if not dataset.train:
+        raise UserError(f"{dataset.name} has no training image: no split in it is called train")
     have = Counter(item.label for item in dataset.train)
-    tested = have if dataset.test is None else Counter(item.label for item in dataset.test)
     for label, name in enumerate(dataset.classes):
         if not have[label]:
             raise UserError(f"{dataset.name}: class {name!r} has no training image: add some, or remove the class")
         if dataset.test is None and have[label] < 2:
             raise UserError(f"{dataset.name}: class {name!r} has one image: it takes two, one to train on and one to test on")
-        if not tested[label]:
-            raise UserError(f"{dataset.name}: class {name!r} has no test image: add some, or remove the class")
+    check_test(dataset)
+
+
+def check_test(dataset: Dataset, items: Sequence[Item] | None = None) -> None:
+    """Raise UserError unless each class has an image among `items`, or, by default, those that accuracy is measured on."""
+    if items is None:
+        items = dataset.train if dataset.test is None else dataset.test
+    tested = {item.label for item in items}
+    if untested := [name for label, name in enumerate(dataset.classes) if label not in tested]:
+        more = f" (nor have {len(untested) - 1} others)" if len(untested) > 1 else ""
+        raise UserError(f"{dataset.name}: class {untested[0]!r} has no test image{more}: add some, or remove the class")

@@ -9,40 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .base import Dataset, Row, from_rows, role_of
+from ..reading import Reading
+from .base import Dataset, Row, from_rows
+from .columns import find_columns, role_in
 
 __all__ = ["ENDINGS", "read"]
 
 ENDINGS = (".csv", ".tsv", ".parquet")
-# The names a column may have, whatever their case; the first that is there counts.
-COLUMNS = {
-    "path": ("path", "image", "file", "filename", "filepath", "image_path", "file_name"),
-    "label": ("label", "class", "category", "target", "class_name"),
-    "split": ("split", "set", "subset", "role"),
-}
 
 
-def read(file: Path) -> Dataset:
+def read(file: Path, how: Reading) -> Dataset:
     """The images that `file` lists; paths are absolute, or start from its folder.
 
     Args:
         file: its first row names the columns.
+        how: which columns hold what, where their names are not the usual ones.
 
     Raises:
         UserError: a file that cannot be read, a column that is missing, an empty cell, a split of no known name, a file that is
             listed and not there; or what `from_rows` refuses.
     """
     names, records = _parquet(file) if file.suffix.lower() == ".parquet" else _text(file)
-    columns = _columns(file, names)
+    columns = find_columns(str(file), names, how)
     rows = []
     for number, record in enumerate(records, 2):
         cell = {kind: str(record[name]).strip() if record[name] is not None else "" for kind, name in columns.items()}
         if empty := [columns[kind] for kind, value in cell.items() if not value]:
             raise UserError(f"{file}, row {number}: {empty[0]} is empty")
-        role = role_of(cell["split"]) if "split" in cell else None
-        if "split" in cell and role is None:
-            raise UserError(f"{file}, row {number}: {columns['split']} is {cell['split']!r}: write train, val or test")
-        rows.append(Row(role, cell["label"], cell["path"], file.parent / cell["path"]))
+        role = role_in(f"{file}, row {number}", columns["split"], cell["split"]) if "split" in cell else None
+        rows.append(Row(role, cell["label"], cell["image"], file.parent / cell["image"]))
     missing = [row for row in rows if isinstance(row.source, Path) and not row.source.is_file()]
     if missing:
         raise UserError(
@@ -50,18 +45,6 @@ def read(file: Path) -> Dataset:
             f" (paths start from {file.parent})"
         )
     return from_rows(file.stem, str(file), rows)
-
-
-def _columns(file: Path, names: Sequence[str]) -> dict[str, str]:
-    """Which of the file's columns holds the path, the label, and the split where there is one."""
-    folded = {name.strip().lower(): name for name in names}
-    found = {kind: folded[name] for kind, known in COLUMNS.items() for name in reversed(known) if name in folded}
-    for kind in ("path", "label"):
-        if kind not in found:
-            raise UserError(
-                f"{file} has no column for the {kind}: it has {', '.join(names)}; name one {' or '.join(COLUMNS[kind][:3])}"
-            )
-    return found
 
 
 def _text(file: Path) -> tuple[Sequence[str], Iterable[Mapping[str, Any]]]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from .base import Dataset, class_name, refuse_duplicates
+from .base import UNNAMED, Dataset, class_name, refuse_duplicates
 
-__all__ = ["decode", "read_class_names", "read_lines", "read_templates", "rename"]
+__all__ = ["decode", "prompts", "read_class_names", "read_lines", "read_templates", "rename"]
 
 
 def decode(path: Path) -> str:
@@ -62,14 +62,33 @@ def read_templates(path: Path) -> tuple[str, ...]:
     return tuple(templates)
 
 
+def prompts(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates as a user gives them: each a prompt with {}, or a file of prompts.
+
+    Raises:
+        UserError: neither, or a file that `read_templates` refuses.
+    """
+    found: list[str] = []
+    for one in [given] if isinstance(given, str) else given:
+        if "{" in one or "}" in one:
+            found.append(one)
+        elif Path(one).is_file():
+            found += read_templates(Path(one))
+        else:
+            raise UserError(
+                f"template must hold {{}} once, where the class name goes, or name a file of such lines, got {one!r}"
+            )
+    return tuple(found)
+
+
 def read_class_names(path: Path) -> list[str] | dict[str, str]:
     """Class names, one a line, in the order of the labels; or, where every line has a tab, label, tab, name: a mapping."""
     lines = read_lines(path, "class names")
     pairs = [line.split("\t") for line in lines]
     if all(len(pair) == 1 for pair in pairs):
         return lines
-    if bad := next((i for i, pair in enumerate(pairs) if len(pair) != 2), None):
-        raise UserError(f"{path}, line {bad + 1}: expected a label, a tab and a class name, got {lines[bad]!r}")
+    if bad := [line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2]:
+        raise UserError(f"{path}: expected a label, a tab and a class name, as in its other lines, got {bad[0]!r}")
     mapping = {class_name(label): name for label, name in pairs}
     if len(mapping) < len(pairs):
         raise UserError(f"{path} gives two names to one label: keep one")
@@ -89,5 +108,6 @@ def rename(dataset: Dataset, names: Sequence[str] | dict[str, str], where: Path)
     if len(names) != len(dataset.classes):
         raise UserError(f"{where} holds {len(names)} class names, {dataset.name} has {len(dataset.classes)} classes")
     classes = tuple(class_name(name) for name in names)
-    refuse_duplicates(classes, lambda a, b: f"lines {a + 1} and {b + 1} of {where}")
-    return dataclasses.replace(dataset, classes=classes)
+    refuse_duplicates(classes, lambda a, b: f"two lines of {where}")
+    notes = tuple(note for note in dataset.notes if not note.startswith(UNNAMED))
+    return dataclasses.replace(dataset, classes=classes, notes=notes)

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,7 +212,8 @@ def _text(value: Any) -> str:
 
 def listed(name: str, text: str) -> list[Any]:
     """`--shots 1,2,4` as a list; numbers where the grid wants them."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    # commas in braces are part of a pattern: shards-{a,b}.tar
+    parts = [part.strip() for part in re.split(r",(?![^{}]*\})", text) if part.strip()]
     if name == "data":
         return parts
     if bad := [part for part in parts if not part.isdecimal()]:

@@ -10,19 +10,22 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from ...config import LoRAConfig
+from ..datasets import prompts
 from ..errors import UserError
 from ..models import MINI
+from ..reading import Reading
 from ..recipe import Recipe
 
 __all__ = ["OPTIONS", "closest", "is_tuple", "recipe_of", "value_of"]
 
-_RECIPE = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("shots", "seed", "lora")}
+_RECIPE = {f.name: f for f in dataclasses.fields(Recipe) if f.name not in ("shots", "seed", "lora", "reading")}
 _LORA = {f.name: f for f in dataclasses.fields(LoRAConfig) if f.name != "backend"}
-_HINTS = typing.get_type_hints(Recipe) | typing.get_type_hints(LoRAConfig)
+_READING = {f.name: f for f in dataclasses.fields(Reading)}
+_HINTS = typing.get_type_hints(Recipe) | typing.get_type_hints(LoRAConfig) | typing.get_type_hints(Reading)
 # Every option but shots and seed, which are axes of every grid.
-OPTIONS: tuple[str, ...] = (*_RECIPE, *_LORA)
+OPTIONS: tuple[str, ...] = (*_RECIPE, *_LORA, *_READING)
 # Their commas and spaces are their own.
-SENTENCES = ("template",)
+SENTENCES = ("template", "class_names", "image_column", "label_column", "split_column")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -66,7 +69,10 @@ def recipe_of(options: dict[str, Any], shots: int, seed: int) -> Recipe:
     values = {name: value for name, value in options.items() if name in _RECIPE}
     if values.get("model") == MINI and values.get("pretrained", "openai") == "openai":
         values["pretrained"] = None  # it has weights of its own
-    recipe = Recipe(shots=shots, seed=seed, lora=lora, **values)
+    if values.get("template") is not None:
+        values["template"] = prompts(values["template"])
+    reading = Reading(**{name: value for name, value in options.items() if name in _READING})
+    recipe = Recipe(shots=shots, seed=seed, lora=lora, reading=reading, **values)
     plain: dict[str, Any] = {} if recipe.method == "lora" else {"lora": LoRAConfig()}
     if not recipe.trains:
         plain |= {"iterations": None, "lr": None, "batch_size": Recipe.batch_size}

@@ -33,7 +33,7 @@ def row_of(run: Run, out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     recipe = run.recipe.to_dict()
-    options = {**{k: v for k, v in recipe.items() if k != "lora"}, **recipe["lora"]}
+    options = {**{k: v for k, v in recipe.items() if k not in ("lora", "reading")}, **recipe["lora"], **recipe["reading"]}
     row: dict[str, Any] = {"data": run.data, "variant": run.variant or run.label, "axes": dict(run.axes)}
     row |= {name: options.pop(name) for name in ("method", "shots", "seed")}
     row |= {name: value for name, value in metrics.items() if name not in LEFT_OUT and _plain(value)}

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .. import models
+from .. import datasets, models
 from ..devices import choose_device, choose_dtype
 from ..errors import UserError
 from ..shared import Shared
@@ -42,8 +42,8 @@ def check(grid: Grid, place: Place, shared: Shared) -> None:
             known[key] = models.check(*key)
         if run.recipe.method == "lora":
             models.check_adapter(known[key], run.recipe.lora)
-    for data in dict.fromkeys(run.data for run in grid.runs):
-        shared.dataset(data, locate(data, place.roots))
+    for data, how in dict.fromkeys((run.data, run.recipe.reading) for run in grid.runs):
+        datasets.check_training(shared.dataset(data, locate(data, place.roots), how))
 
 
 def local(runs: Sequence[Run], place: Place, shared: Shared | None = None) -> Iterator[tuple[Run, str | None]]:
