@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,21 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     repair_interpreter()
+
+
+@pytest.fixture
+def fastlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command line in this process: arguments -> pictures.Ran."""
+    from fastlora import cli
+    from pictures import Ran
+
+    def run(*arguments: str) -> Ran:
+        monkeypatch.setattr("sys.argv", ["fastlora", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return Ran(left.value.code, *capsys.readouterr())
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +59,20 @@ def train_arguments(data: str | Path, out: Path, model: str, *more: str) -> list
 def command(*arguments: str) -> list[str]:
     """The command line in a process of its own."""
     return [sys.executable, "-m", "fastlora", *arguments]
+
+
+class Ran(NamedTuple):
+    """What a command left: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def one_line(ran: Ran, says: str) -> None:
+    """That a command failed as for a mistake of the user's: exit code 2 and one line that `says` what is wrong."""
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran
+    assert ran.err.startswith("fastlora: ") and says in ran.err, ran.err
 
 
 def shared_data() -> Path:

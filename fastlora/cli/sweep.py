@@ -27,11 +27,12 @@ def sweep(
     preset: Annotated[
         str | None, typer.Option(help="A grid that comes with fastlora: paper-table2, paper-ablation, base-to-new.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Data sets, with commas.")] = None,
-    shots: Annotated[str | None, typer.Option(help="Numbers of images a class, with commas.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data sets, with commas, as `fastlora train` takes them.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Numbers of images a class, with commas.", show_default="16")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, with commas.", show_default="1,2,3")] = None,
     root: Annotated[
-        list[Path] | None, typer.Option(help="Folder that holds the known sets; several are looked through in order.")
+        list[Path] | None,
+        typer.Option(help="Folder that holds the known sets; several are looked through in order.", show_default="data"),
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     engine: Annotated[str, typer.Option(help="local, or ray: on every machine of a Ray cluster.")] = "local",
