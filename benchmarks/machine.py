@@ -96,13 +96,17 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Everything one needs to know to read a row: date, commit, versions, CPU, GPU and driver."""
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Everything one needs to know to read a row: date, commit, versions, CPU, GPU and driver.
+
+    Args:
+        commit: what the tree was copied from, where it has no .git of its own.
+    """
+    own = _output("git", "rev-parse", "--short=12", "HEAD")
     row: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain")) if commit else None,
+        "commit": own or (commit[:12] if commit else None),
+        "uncommitted_changes": bool(_output("git", "status", "--porcelain")) if own else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "cpu": _cpu_model(),
@@ -140,5 +144,5 @@ class Rows:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `Rows` wrote, the run's header first."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a file that `Rows` wrote, the run's header first; a line that a killed run left unfinished is none."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from measure import by_graph
+from run import Run
+from shapes import Case, InputSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +72,60 @@ def gemm(x: Tensor, w: Tensor, tile: Tile) -> Tensor:
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+CONTESTANTS: dict[str, Product] = {
+    "cuBLAS": lambda x, w: torch.mm(x, w.T),
+    **{f"Triton {tile}": functools.partial(gemm, tile=tile) for tile in TILES},
+}
+
+
+def pairs(name: str, m: int, k: int, n: int, device: str, count: int = 8) -> list[tuple[Tensor, Tensor]]:
+    """Operands of a product "x Wᵀ" or "dy W", bfloat16; dx = dy W reads W along its rows, as backward does."""
+    sets = [InputSet.draw(Case("gemm", m, k, n, dtype=torch.bfloat16, device=device), i) for i in range(1, count + 1)]
+    return [(s.x, s.layers[0].weight if name == "x Wᵀ" else s.layers[0].weight.T.contiguous().T) for s in sets]
+
+
+def measure_products(run: Run, sample: float) -> None:
+    """Triton's plain GEMM beside cuBLAS on the forward's and the backward's base product, every tile of its list."""
+    print("\nplain GEMM, bf16: cuBLAS TFLOP/s, Triton's best, their ratio")
+    for d in (768, 1024):
+        for m in (50432, 6304, 1600):
+            for name, k, n in (("x Wᵀ", d, 3 * d), ("dy W", 3 * d, d)):
+                mine = [label for label in CONTESTANTS if (name, str(m), str(k), label) not in run.done]
+                # what follows is what this script is for
+                if not mine or run.over(240):
+                    continue
+                speed = _speeds(run, mine, name, (m, k, n), sample)
+                best = max((v for label, v in speed.items() if label != "cuBLAS"), default=float("nan"))
+                cublas = speed.get("cuBLAS", float("nan"))
+                print(
+                    f"  {name}  {m:6d}x{k}->{n:5d}  {cublas / 1e12:6.0f}  {best / 1e12:6.0f}  {best / cublas:.2f}", flush=True
+                )
+
+
+def _speeds(run: Run, mine: list[str], name: str, sizes: tuple[int, int, int], sample: float) -> dict[str, float]:
+    """FLOP/s of each contestant whose result is right."""
+    m, k, n = sizes
+    operands = pairs(name, m, k, n, run.device.type)
+    truth = operands[0][0].double() @ operands[0][1].double().T
+    speed: dict[str, float] = {}
+    for label in mine:
+        row = {"row": "gemm", "product": name, "m": m, "k": k, "n": n, "contestant": label}
+        product = CONTESTANTS[label]
+        try:
+            error = float((product(*operands[0]).double() - truth).abs().max() / truth.abs().max())
+            row["error"] = error
+            if not error <= 4 * torch.finfo(torch.bfloat16).eps:
+                run.rows.add(row | {"refused": "wrong result"})
+                continue
+            timing = by_graph([functools.partial(product, x, w) for x, w in operands], torch.cuda.Stream(), sample)
+        except Exception as failure:  # a tile that the card does not take is a result
+            run.failed(row, failure)
+            if run.broken:
+                break
+            continue
+        speed[label] = 2 * m * k * n / timing.median
+        run.rows.add(row | timing.row() | {"tflops": speed[label] / 1e12})
+    return speed

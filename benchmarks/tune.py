@@ -1,7 +1,7 @@
 """`benchmarks/device.py --tune`: the tile table's alternatives, each checked by the gate, then timed, one change at a time.
 
-Compiling dominates (a backward takes about ten seconds), so every plan of a group of cases is compiled first, by all cores at
-once, each in a process of its own that runs the very call; the cubins come back through Triton's cache on disk.
+Compiling dominates (a backward takes about ten seconds), so all cores compile ahead of the timing, in processes that record the
+very call and start no kernel: one that is wrong cannot hurt the others. The cubins come back through Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any
+from multiprocessing.pool import Pool
+from typing import Any
 
 import torch
 
 from fastlora.testing import repair_interpreter
 from measure import Timing, by_clock, by_graph
 from ops import FastLoRA, bind, gate, phase_calls
+from run import Run
 from shapes import Case, InputSet
 
-if TYPE_CHECKING:
-    from device import Run
+PATIENCE = 120.0  # seconds to wait for one compilation: beyond, its process has died or its tile is not worth having
 
 # (m, n, k, warps, stages): of the forward's x Wᵀ, then of the backward's dy W, where n is the step over N
 # With dropout a mask is drawn for whole 128 columns at a time: k = 64 fails in a one-pass forward, and the row says so.
@@ -127,49 +126,63 @@ class _Triton(FastLoRA):
 
 
 def _compile(trial: Trial) -> str | None:
-    """Run the call once; the text of what went wrong, or None."""
+    """Compile every kernel of the trial's direction; the text of what went wrong, or None."""
+    from fastlora.kernels.launch import recording
+
     try:
-        with using(trial.plan):
+        with using(trial.plan), recording() as launches:
             bound = bind(_Triton("triton"), InputSet.draw(trial.case, 1))
             bound.both() if trial.phase == "backward" else bound.forward()
-            torch.cuda.synchronize()
-    except Exception as error:  # a tile that does not fit the card is a result, not a failure of the run
-        return repr(error)[:500]
+        for one in launches:
+            one.compile()
+    except Exception as error:  # a tile that Triton refuses is a result, not a failure of the run
+        return f"{type(error).__name__}: {str(error)[-500:]}"  # the reason stands after the source
     return None
 
 
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), multiprocessing.get_context("spawn"))
+def _pool() -> Pool:
+    return multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2))
 
 
 @contextlib.contextmanager
-def compile_ahead(cases: list[Case]) -> Iterator[None]:
+def compile_ahead(run: Run, cases: list[Case]) -> Iterator[None]:
     """Fill Triton's cache with the kernels of these cases while the body runs, and wait for the last one."""
     with _pool() as pool:
-        futures = [pool.submit(_compile, Trial(case, "backward", _row(case), "as it stands")) for case in cases]
+        answers = [pool.apply_async(_compile, (Trial(case, "backward", _row(case), "as it stands"),)) for case in cases]
         yield
-    for case, future in zip(cases, futures, strict=True):
-        if (error := future.result()) is not None:
-            print(f"{case.name}: the Triton kernels do not run: {error[:300]}")
+        for case, answer in zip(cases, answers, strict=True):
+            if (error := _answer(run, answer)) is not None:
+                print(f"{case.name}: the Triton kernels do not compile: {error}", flush=True)
+
+
+def _answer(run: Run, answer: Any) -> str | None:
+    try:
+        return answer.get(timeout=max(1.0, min(PATIENCE, run.left() - 10)))
+    except multiprocessing.TimeoutError:
+        return "not compiled in time"
 
 
 def tune(run: Run, cases: list[Case]) -> None:
-    """Time every trial of every case, groups of equal constants together; the best of each case is printed beside the row."""
-    cuda = run.device.type == "cuda"
-    if not cuda:
+    """Time every trial of every case; the best of each is printed beside the row."""
+    todo = [t for case in cases for t in trials(case, run.smoke) if (case.name, t.phase, t.change) not in run.done]
+    if run.device.type != "cuda":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
         repair_interpreter()
-    pool = _pool() if cuda else None
+        _tune(run, cases, dict.fromkeys(todo))
+        return
+    with _pool() as pool:  # what it is still at when the budget ends is dropped
+        _tune(run, cases, {trial: pool.apply_async(_compile, (trial,)) for trial in todo})
+
+
+def _tune(run: Run, cases: list[Case], todo: dict[Trial, Any]) -> None:
     for case in cases:
-        if run.left() < 60 and not run.smoke:
-            run.rows.add({"row": "left out", "case": case.name})
-            print(f"{case.name}: not reached, the budget ended")
-            continue
-        mine = [t for t in trials(case, run.smoke) if (case.name, t.phase, t.change) not in run.done]
-        errors = list(pool.map(_compile, mine)) if pool else [None] * len(mine)
         for phase in ("forward", "backward"):
-            _time_phase(run, case, phase, [(t, e) for t, e in zip(mine, errors, strict=True) if t.phase == phase])
-    if pool:
-        pool.shutdown()
+            mine = {trial: answer for trial, answer in todo.items() if (trial.case, trial.phase) == (case, phase)}
+            if run.over(30) and mine:
+                run.rows.add({"row": "left out", "case": case.name, "phase": phase})
+                print(f"{case.name} {phase}: not reached", flush=True)
+            elif mine:
+                _time_phase(run, case, phase, mine)
 
 
 def _timed(run: Run, trial: Trial, sets: list[InputSet], stream: Any) -> Timing | list[str]:
@@ -182,20 +195,22 @@ def _timed(run: Run, trial: Trial, sets: list[InputSet], stream: Any) -> Timing 
         return by_graph(calls, stream, 0.05) if stream else by_clock(calls, run.device, 0.0, least=1)
 
 
-def _time_phase(run: Run, case: Case, phase: str, mine: list[tuple[Trial, str | None]]) -> None:
+def _time_phase(run: Run, case: Case, phase: str, mine: dict[Trial, Any]) -> None:
     sets = [InputSet.draw(case, number) for number in range(1, 9 if case.m < 20000 else 3)]
     stream = torch.cuda.Stream() if run.device.type == "cuda" else None
     best: tuple[float, str] | None = None
     stands = ""
-    for trial, error in mine:
+    for trial, answer in mine.items():
         row = {"row": "tune", "case": case.name, "phase": phase, "change": trial.change, "plan": str(trial.plan)}
-        if error is not None:
+        if run.over(10):
+            break
+        if answer is not None and (error := _answer(run, answer)) is not None:
             run.rows.add(row | {"failed": error})
             continue
         try:
             timing = _timed(run, trial, sets, stream)
         except Exception as failure:  # as in _compile: the other plans still count
-            run.rows.add(row | {"failed": repr(failure)[:500]})
+            run.failed(row, failure)
             continue
         if isinstance(timing, list):
             run.rows.add(row | {"refused": timing})
@@ -206,7 +221,3 @@ def _time_phase(run: Run, case: Case, phase: str, mine: list[tuple[Trial, str | 
         if best is None or timing.median < best[0]:
             best = timing.median, trial.change
     print(f"{case.name} {phase}: {stands}" + (f"best {best[0] * 1e6:.1f} µs, {best[1]}" if best else "nothing ran"), flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit("run benchmarks/device.py --tune")

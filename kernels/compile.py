@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,10 +131,11 @@ def compile_launch(launch: Launch, arch: int) -> Report:
     # the time is wanted too, so nothing comes from Triton's cache
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.always_compile = True
-        start = time.perf_counter()
+        before = os.times()
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        seconds = time.perf_counter() - start
-    report = machine_code.read(compiled, arch, seconds)
+        # user and system time of this process and of the ptxas it waited for
+        cpu_seconds = sum(os.times()[:4]) - sum(before[:4])
+    report = machine_code.read(compiled, arch, cpu_seconds)
     kept.parent.mkdir(parents=True, exist_ok=True)
     whole = kept.with_suffix(f".{os.getpid()}")
     whole.write_text(json.dumps(dataclasses.asdict(report)))
@@ -183,7 +183,7 @@ def jobs(configs: list[Config]) -> Iterator[Job]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of README.md from the rows that --rows writes: Hopper's kernels for small ranks, and all others in a line."""
-    columns = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
+    columns: tuple[str, ...] = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
     head, *found = rows
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in found:
@@ -217,7 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     ]  # fmt: skip
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(Job.row, jobs(configs)))
-    columns = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load", "seconds", "problems")
+    columns: tuple[str, ...] = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
+    columns += ("cpu_seconds", "problems")
     table = Table(*columns)
     for row in rows:
         table.add_row(*("; ".join(row[c]) if c == "problems" else str(row[c]) for c in columns))

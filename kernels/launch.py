@@ -12,6 +12,11 @@ from .tiles import Tile
 __all__ = ["Launch", "launch", "recording"]
 
 
+def _options(warps: int, stages: int, overlap: bool) -> dict[str, Any]:
+    # launch_pdl only where it is wanted: AMD's backend does not know it
+    return {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if overlap else {})}
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """One start of a kernel: its arguments by name (tensors, numbers, None, constants) and its launch configuration."""
@@ -22,6 +27,10 @@ class Launch:
     warps: int
     stages: int
     overlap: bool = False
+
+    def compile(self) -> None:
+        """Compile it for the GPU that is here, into Triton's cache, and start nothing."""
+        self.kernel.warmup(grid=(self.programs,), **self.arguments, **_options(self.warps, self.stages, self.overlap))
 
 
 _recorder: list[Launch] | None = None
@@ -35,8 +44,7 @@ def launch(kernel: Any, programs: int, tile: Tile, overlap: bool = False, /, **a
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages, overlap))
     else:
-        options = {"launch_pdl": True} if overlap else {}
-        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages, **options)
+        kernel[(programs,)](**arguments, **_options(tile.warps, tile.stages, overlap))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class Report:
         registers: of one thread.
         stack, shared: bytes of one thread, of one program.
         mma, wgmma: products of the tensor cores, and those of them that are Hopper's asynchronous ones, in the whole kernel.
-        seconds: of compiling.
+        cpu_seconds: of compiling, Triton's and ptxas's: how busy the machine was does not show.
         spills_in_loops: loads and stores of local memory inside loops with products.
         serialised: why wgmma is not asynchronous; empty where it is.
         loop: instructions of the loop with most products, per product of a warp in it; 0 where there is none.
@@ -45,7 +45,7 @@ class Report:
     shared: int
     mma: int
     wgmma: int
-    seconds: float
+    cpu_seconds: float
     spills_in_loops: int
     serialised: str
     loop: float
@@ -114,8 +114,8 @@ def _narrowest_load(loops: list[list[str]]) -> int:
     return min((next((bits[part] for part in load if part in bits), 32) // 8 for load in loads), default=0)
 
 
-def read(compiled: Any, arch: int, seconds: float) -> Report:
-    """The report of a kernel that Triton compiled for sm_{arch} in so many seconds. Needs no GPU."""
+def read(compiled: Any, arch: int, cpu_seconds: float) -> Report:
+    """The report of a kernel that Triton compiled for sm_{arch} in so many CPU seconds. Needs no GPU."""
     said = ""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -138,7 +138,7 @@ def read(compiled: Any, arch: int, seconds: float) -> Report:
         shared=compiled.metadata.shared,
         mma=len(MMA.findall(sass)),
         wgmma=len(re.findall(r"\bHGMMA\b", sass)),
-        seconds=round(seconds, 2),
+        cpu_seconds=round(cpu_seconds, 2),
         spills_in_loops=sum(bool(re.search(r"\b(?:LDL|STL)\b", line)) for loop in loops for line in loop),
         serialised=_serialised(said, loops),
         loop=round(_per_product(loops), 1),

@@ -145,7 +145,7 @@ TABLE = (
         shrink=Tile(64, 0, 128, 4, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(64, 0, 128, 4, 3, 2),
         one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
     Row((90,), "half", 32, ON, Plan(
-        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
         one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
     Row((100,), "half", 32, OFF, Plan(
@@ -158,9 +158,13 @@ TABLE = (
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False)),
     Row((90, 100), "half", 64, ANY, Plan(
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
-        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(32, 0, 128, 8, 2),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(64, 0, 128, 4, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
-    Row((90, 100), "half", 128, ANY, Plan(
+    Row((90,), "half", 128, ANY, Plan(
+        forward=Tile(128, 128, 64, 8, 3), backward=Tile(64, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(64, 0, 128, 4, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((100,), "half", 128, ANY, Plan(
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(64, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(32, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),

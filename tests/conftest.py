@@ -15,6 +15,8 @@ from fastlora.testing import repair_interpreter
 # With the repository's root on sys.path, the folder kernels/ would hide PyPI's `kernels`, which transformers imports.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+# benchmarks/ is a folder of scripts, not a package; behind tests/, where two files have names of files there.
+sys.path.append(str(ROOT / "benchmarks"))
 
 # Triton reads this when it is first imported: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():

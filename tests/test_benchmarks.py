@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # benchmarks/ is a folder of scripts, not a package
-
-import step_gate  # noqa: E402
-import steps  # noqa: E402
-from baselines import TRAINEES, Job, prompts  # noqa: E402
-from baselines.textbook import NaiveLinear, Textbook  # noqa: E402
-from machine import Ceilings, read_rows  # noqa: E402
-from measure import by_clock, saved_bytes, summary  # noqa: E402
-from memory import ready  # noqa: E402
-from ops import CONTESTANTS, Drop, FastLoRA, LayerForward, bind, gate, phase_calls  # noqa: E402
-from ops import Textbook as NaiveOp  # noqa: E402
-from shapes import Case, InputSet  # noqa: E402
-from tables import ratio_table  # noqa: E402
+import step_gate
+import steps
+from baselines import TRAINEES, Job, prompts
+from baselines.textbook import NaiveLinear, Textbook
+from bench_support import BENCHMARKS, names, run_benchmark
+from machine import Ceilings
+from measure import by_clock, saved_bytes, summary
+from memory import ready
+from ops import CONTESTANTS, Drop, FastLoRA, LayerForward, bind, gate, phase_calls
+from ops import Textbook as NaiveOp
+from shapes import Case, InputSet
+from tables import ratio_table
 
 CASES = [
     Case("linear", 24, 32, 48, rank=4),
@@ -35,21 +30,6 @@ CASES = [
     Case("mlp", 24, 32, 64, 1, 4, 0.25),
 ]
 TINY = Job("mini", classes=3, batch=2)
-
-
-def run(*arguments: str, folder: Path) -> list[dict[str, Any]]:
-    """Run a benchmark in a process of its own, as a user does, and return the rows of every file that it wrote."""
-    # a benchmark is timed by one process at a time, whatever the suite that starts it runs under
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=BENCHMARKS.parent, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
-
-
-def names(rows: list[dict[str, Any]]) -> set[str]:
-    return {row["contestant"] for row in rows if "median_ms" in row}
 
 
 def test_pytest_benchmarks_run_and_write_rows(tmp_path: Path) -> None:
@@ -66,7 +46,7 @@ def test_pytest_benchmarks_run_and_write_rows(tmp_path: Path) -> None:
         "-p",
         "no:cacheprovider",
     ]
-    rows = run("-m", "pytest", "benchmarks", *options, folder=tmp_path)
+    rows = run_benchmark("-m", "pytest", "benchmarks", *options, folder=tmp_path)
     assert rows[0]["row"] == "run" and {"commit", "versions", "cpu", "date", "threads"} <= rows[0].keys()
     timed = [row for row in rows if row["row"] == "step"]
     ops = [row for row in rows if row["row"] == "op"]
@@ -89,7 +69,7 @@ def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Pat
     from fastlora.bench.rows import read
     from fastlora.bench.tables import everything
 
-    rows = run(str(BENCHMARKS / "cpu.py"), "--tiny", "--runs", "1", "--out", str(tmp_path), folder=tmp_path)
+    rows = run_benchmark(str(BENCHMARKS / "cpu.py"), "--tiny", "--runs", "1", "--out", str(tmp_path), folder=tmp_path)
     assert {row["row"] for row in rows} >= {"run", "ceilings", "step", "op", "scaling", "agreement", "counted", "end"}
     assert {path.name for path in tmp_path.iterdir()} == {f"run1-{name}.jsonl" for name in PARTS}
     titles = {table.title.split(":")[0] for table in everything(read(tmp_path))}
@@ -106,23 +86,6 @@ def test_a_step_in_chunks_is_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> 
     contestant = ready(Textbook, Job("mini", classes=20, batch=2))
     contestant.model.zero_grad()
     assert steps.seconds_in_chunks(contestant, 1, size=5) == 1.0 + 2.0 * 4 + 0.5
-
-
-def test_device_script_runs_at_tiny_size(tmp_path: Path) -> None:
-    rows = run(str(BENCHMARKS / "device.py"), "--smoke", "--out", str(tmp_path), folder=tmp_path)
-    assert {"frozen", "fastlora eager", "textbook", "dense ΔW", "full fine-tuning"} <= names(rows)
-    assert not [row for row in rows if "refused" in row or "failed" in row]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU --tune is run at its real size")
-def test_tuning_runs_at_tiny_size(tmp_path: Path) -> None:
-    """In Triton's interpreter: the alternatives of the tile table reach the kernels and pass the gate."""
-    pytest.importorskip("triton", reason="Triton is for Linux only")
-    rows = run(str(BENCHMARKS / "device.py"), "--smoke", "--tune", "--out", str(tmp_path), folder=tmp_path)
-    tuned = [row for row in rows if row["row"] == "tune"]
-    assert {row["phase"] for row in tuned} == {"forward", "backward"} and len({row["plan"] for row in tuned}) >= 3
-    assert all("median_ms" in row for row in tuned), [row for row in tuned if "median_ms" not in row]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -18,6 +18,10 @@ DEVICES = [
     pytest.param("eager", "cpu", id="eager-cpu"),
     pytest.param("triton", "cuda", id="triton-cuda", marks=pytest.mark.gpu),
 ]
+INTERPRETED = pytest.param(
+    "triton", "cpu", id="triton-interpreted",
+    marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only where no GPU is"),
+)  # fmt: skip
 
 
 def arguments(device: str, dropout: float = 0.25, packed: bool = True) -> tuple[list[Any], list[Any]]:
@@ -37,7 +41,7 @@ def arguments(device: str, dropout: float = 0.25, packed: bool = True) -> tuple[
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
-@pytest.mark.parametrize(("backend", "device"), DEVICES)
+@pytest.mark.parametrize(("backend", "device"), [*DEVICES, INTERPRETED])
 def test_opcheck(backend: str, device: str, packed: bool, dropout: float) -> None:
     tensors, constants = arguments(device, dropout, packed)
     x, weight, _, a, b, seed, rows = tensors

@@ -49,7 +49,7 @@ report = compile.compile_launch(Launch(no_product, 1, {"x_ptr": x, "BLOCK": 32},
 print(report.problems(90, uses_tensor_cores=True, measured=False))
 """
 GOOD = Report(
-    registers=200, stack=0, shared=1000, mma=8, wgmma=8, seconds=1.0, spills_in_loops=0, serialised="", loop=10.0, load=16
+    registers=200, stack=0, shared=1000, mma=8, wgmma=8, cpu_seconds=1.0, spills_in_loops=0, serialised="", loop=10.0, load=16
 )  # fmt: skip
 LOOP = """
 .L_x_1:

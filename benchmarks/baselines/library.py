@@ -10,7 +10,7 @@ from torch import Tensor
 import fastlora
 from fastlora.encoders import ImageEncoder, TextEncoder
 
-from .common import Adapters, Job, Trainee, blocks, gather
+from .common import Adapters, Compiled, Trainee, blocks, gather
 
 
 class Patched(Trainee):
@@ -69,18 +69,7 @@ class SharedPrefix(FastLoRA):
     name, share_prefix = "fastlora, share_prefix", True
 
 
-class CompiledFastLoRA(FastLoRA):
+class CompiledFastLoRA(Compiled, FastLoRA):
     """Both encoders by torch.compile."""
 
-    name, compiles = "fastlora, compiled", True
-
-    def __init__(self, job: Job, adapters: Adapters) -> None:
-        super().__init__(job, adapters)
-        self._image = torch.compile(super().image_features, dynamic=False)
-        self._text = torch.compile(super().text_features, dynamic=False)
-
-    def image_features(self, images: Tensor) -> Tensor:
-        return self._image(images)
-
-    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
-        return self._text(first, last)
+    name = "fastlora, compiled"

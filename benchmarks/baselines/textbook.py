@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from .common import Adapters, Job, SeparateTrainee
+from .common import Compiled, SeparateTrainee
 
 
 class NaiveLinear(nn.Module):
@@ -31,18 +30,7 @@ class Textbook(SeparateTrainee):
         return NaiveLinear(linear, a, b, self.job.scale, self.job.dropout)
 
 
-class CompiledTextbook(Textbook):
+class CompiledTextbook(Compiled, Textbook):
     """Its encoders by torch.compile."""
 
-    name, compiles = "torch.compile(textbook)", True
-
-    def __init__(self, job: Job, adapters: Adapters) -> None:
-        super().__init__(job, adapters)
-        self._image = torch.compile(super().image_features, dynamic=False)
-        self._text = torch.compile(super().text_features, dynamic=False)
-
-    def image_features(self, images: Tensor) -> Tensor:
-        return self._image(images)
-
-    def text_features(self, first: int = 0, last: int | None = None) -> Tensor:
-        return self._text(first, last)
+    name = "torch.compile(textbook)"
