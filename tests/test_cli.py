@@ -152,8 +152,10 @@ def test_train_resume_and_eval(fastlora: Any, folder: Path, tmp_path: Path, mode
     assert fastlora(*arguments).code == 2
     again = fastlora(*arguments, "--resume")
     assert again.code == 0 and "finished already" in again.out
-    ran = fastlora("eval", str(tmp_path / "r"), str(folder), "--out", str(tmp_path / "e"))
+    ran = fastlora("eval", str(tmp_path / "r"), str(folder), "--out", str(tmp_path / "e"), "--template", "own")
     assert ran.code == 0 and "accuracy:" in ran.out
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert metrics["memory"]["process"] > 0 and metrics["resolved"]["template"] == "a photo of a {}."
     one_line(fastlora("eval", str(tmp_path / "r"), str(folder), "--out", str(tmp_path / "e")), "holds another result")
 
 

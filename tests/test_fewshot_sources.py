@@ -20,7 +20,7 @@ from fastlora.fewshot import datasets
 from fastlora.fewshot.datasets import Dataset, Item, Lazy, Reading
 from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.images import Decoded, decode_training, open_rgb
-from pictures import make_folder, photo
+from pictures import make_folder, photo, tiny_clip, train_arguments
 
 CLASSES = ("cat", "dog")
 ROLES = {"train": 3, "test": 1}
@@ -280,3 +280,24 @@ def test_lazy_images_are_decoded_into_the_store_once() -> None:
         decode_training(items, 64, into, Console(quiet=True))
     assert len(asked) == 2, "once for its size, once for its pixels"
     assert into.images["one"].shape == (3, 16, 20)
+
+
+def test_training_does_not_depend_on_where_the_images_are_kept(fastlora: Any, tmp_path: Path) -> None:
+    """Files in folders, and the same bytes in tars that worker processes read as they train: the same loss, bit for bit."""
+    model = tiny_clip(tmp_path / "model")
+    (tmp_path / "tars").mkdir()
+    for role, count in (("train", 4), ("test", 1)):
+        make_folder(tmp_path / "folders" / role, CLASSES, images=count)
+        with tarfile.open(tmp_path / "tars" / f"{role}.tar", "w") as tar:
+            for path in sorted((tmp_path / "folders" / role).rglob("*.png")):
+                name = f"{path.parent.name}-{path.stem}"
+                for ending, content in (("png", path.read_bytes()), ("cls", path.parent.name.encode())):
+                    member = tarfile.TarInfo(f"{name}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    losses = []
+    for name, more in (("folders", []), ("tars", ["--images", "stream"])):
+        ran = fastlora(*train_arguments(tmp_path / name, tmp_path / f"run {name}", model, *more))
+        assert ran.code == 0, ran
+        losses.append(json.loads((tmp_path / f"run {name}" / "metrics.json").read_text())["training"]["final_loss"])
+    assert losses[0] == losses[1]

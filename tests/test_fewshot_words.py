@@ -90,6 +90,16 @@ class TestPrompts:
         with pytest.raises(UserError, match=said):
             words.prompts(str(write(tmp_path / "prompts.txt", text)))
 
+    def test_coops_own(self, folder: Path) -> None:
+        from fastlora.fewshot.recipe import prompts_for
+
+        assert words.prompts(["own"]) == words.prompts("own") == ("own",)
+        recipe = Recipe(template="own")
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert prompts_for("own", "a {}", "{} texture.") == ("{} texture.",) and prompts_for("own", "a {}", None) == ("a {}",)
+        assert prompts_for(None, "a {}", "{} texture.") == ("a {}",) and prompts_for(("b {}",), "a {}", None) == ("b {}",)
+        assert parse({"data": "dtd", "template": "own"}).runs[0].recipe.template == "own"
+
     def test_neither_a_prompt_nor_a_file(self) -> None:
         with pytest.raises(UserError, match="or name a file of such lines, got 'a photo'"):
             words.prompts("a photo")

@@ -9,7 +9,7 @@ import typer
 
 from ..fewshot.errors import UserError
 from ..fewshot.reading import Reading
-from ..fewshot.recipe import templates
+from ..fewshot.recipe import OWN, one_or_all, templates
 from .app import DATA_HELP, DEVICE_HELP, ClassNames, ImageColumn, LabelColumn, Root, SplitColumn, app, console, valid
 
 __all__ = ["evaluate"]
@@ -24,7 +24,8 @@ def evaluate(
         typer.Option(help="Folder for metrics.json, predictions.csv, report.html.", show_default="none written"),
     ] = None,
     template: Annotated[
-        list[str] | None, typer.Option(help="The prompt, or a file of them; several are averaged.", show_default="the run's")
+        list[str] | None,
+        typer.Option(help="The prompt, a file of them, or own; several are averaged.", show_default="the run's"),
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     class_names: ClassNames = None,
@@ -40,7 +41,9 @@ def evaluate(
     from ..fewshot import datasets
     from ..fewshot.runfolder import RunFolder
 
-    prompts = valid(lambda: templates(datasets.prompts(template))) if template else None
+    prompts = one_or_all(datasets.prompts(template)) if template else None
+    if prompts is not None and prompts != OWN:
+        valid(lambda: templates(prompts))
     reading = valid(lambda: Reading(class_names, image_column, label_column, split_column))
     folder = RunFolder(run)
     folder.read_config()

@@ -11,7 +11,7 @@ import typer
 
 from ..config import ENCODERS, LAYERS, SCALINGS, TARGETS, LoRAConfig
 from ..fewshot.reading import Reading
-from ..fewshot.recipe import METHODS, PRECISIONS, Recipe
+from ..fewshot.recipe import METHODS, PRECISIONS, Recipe, one_or_all
 from .app import (
     DATA_HELP,
     DEVICE_HELP,
@@ -60,9 +60,10 @@ def train(
     template: Annotated[
         list[str] | None,
         typer.Option(
-            help="The prompt, {} for the class name, or a file of them. Several (lines, or the option again) are averaged.",
+            help="The prompt, {} for the class name, or a file of them, or own for CoOp's of one of its sets. Several (lines, or"
+            " the option again) are averaged.",
             rich_help_panel=MODEL,
-            show_default=f'the data set\'s own, mostly "{PAPER}"',
+            show_default=f'"{PAPER}"; digits: "a photo of the digit {{}}."',
         ),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of each update, 1 to 128.", rich_help_panel=LORA)] = LoRAConfig.rank,
@@ -199,7 +200,7 @@ def train(
         lambda: Recipe(
             model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
             batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas,
-            template=datasets.prompts(template) if template else None,
+            template=one_or_all(datasets.prompts(template)) if template else None,
             crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, kl_weight=kl_weight,
             kl_temperature=kl_temperature, lr_ratio=lr_ratio, average=average, share_prefix=share_prefix,
             base_to_new=base_to_new, precision=precision, lora=lora, reading=reading,

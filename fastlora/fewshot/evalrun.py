@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from .. import checkpoint as adapters
-from . import datasets, models, report, summary
+from . import datasets, memory, models, report, summary
 from .crops import Normalise
 from .devices import choose_device, choose_dtype
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
 from .methods import coop
-from .recipe import Recipe, one_or_all, templates
+from .recipe import Recipe, one_or_all, prompts_for
 from .runfolder import RunFolder, atomic, write_json
 from .signals import Signals
 
@@ -52,6 +52,7 @@ def run(
         raise UserError(f"the run in {folder.path} is by {recipe.method}, which leaves no model to test")
     device = choose_device(device_name)
     dtype = choose_dtype(recipe.precision, device)
+    memory.reset_peak(device)
     if how is None:
         how = recipe.reading if data == config["data"] else datasets.Reading()
     dataset = datasets.load(data, root, how)
@@ -67,7 +68,7 @@ def run(
     with Signals("run it again"):
         models.check(recipe.model, recipe.pretrained)
         loaded = models.load(recipe.model, recipe.pretrained, device)
-        prompts = templates(template or config["template"])
+        prompts = prompts_for(template or config["template"], dataset.template, dataset.own_template)
         prompt = one_or_all(prompts)
         tokens = loaded.tokenise(prompts, dataset.classes).to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
@@ -88,6 +89,7 @@ def run(
         resolved = {"template": prompt, "data": data, "reading": dataclasses.asdict(how)}
         metrics = {"method": recipe.method, "run": str(folder.path), **summary.measures(before, after), "resolved": resolved}
         metrics["timings"] = {"test": round(time.monotonic() - begun, 3)}
+        metrics["memory"] = memory.peak(device)
         metrics["notes"] = [*notes, *test.decoded.notes()]
         metrics["environment"] = summary.environment(device, dtype)
         summary.print_result(metrics, console)

@@ -11,7 +11,7 @@ from . import datasets, models, sampling
 from .errors import UserError
 from .images import Decoded, EvalImages, decode_training
 from .placement import TrainingSet, training_set
-from .recipe import Recipe, templates
+from .recipe import Recipe, prompts_for
 from .shared import Shared
 
 __all__ = ["Prepared", "names", "prepare"]
@@ -86,8 +86,9 @@ def prepare(
     test = shared.once(
         whole, ("test images", size, dataset.classes, names(shots.test)), lambda: EvalImages(shots.test, size, console)
     )
+    prompts = prompts_for(recipe.template, dataset.template, dataset.own_template)
     own = decoded.of([*broken, *(item.name for item in wanted)])
-    return Prepared(dataset, shots, own, test, templates(recipe.template or dataset.template), flip)
+    return Prepared(dataset, shots, own, test, prompts, flip)
 
 
 def names(items: tuple[datasets.Item, ...]) -> tuple[str, ...]:

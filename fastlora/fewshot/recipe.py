@@ -14,7 +14,7 @@ from typing import Any
 from ..config import LoRAConfig
 from .reading import Reading
 
-__all__ = ["METHODS", "PRECISIONS", "Recipe", "one_or_all", "templates"]
+__all__ = ["METHODS", "OWN", "PRECISIONS", "Recipe", "one_or_all", "prompts_for", "templates"]
 
 METHODS = ("lora", "full", "linear-probe", "tip-adapter-f", "coop", "zero-shot")
 # Classes are words to these, to the others rows of a matrix.
@@ -23,6 +23,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # Full fine-tuning at LoRA's rate destroys a pretrained CLIP; 1e-5 is the usual rate for it. CoOp's is that of its paper.
 DEFAULT_LR = {"lora": 2e-4, "full": 1e-5, "coop": 2e-3}
 ITERATIONS_PER_SHOT = 500
+# As a template: the prompt that CoOp wrote for a set, which the paper does not use.
+OWN = "own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Recipe:
         lr_min: what the cosine ends at, stepped every iteration, without warm-up.
         weight_decay: AdamW's.
         betas: AdamW's.
-        template: the prompt, with {} for the class name, or several, whose unit features are averaged; None for the data set's
-            own, nearly always "a photo of a {}.".
+        template: the prompt, with {} for the class name, or several, whose unit features are averaged; "own" for the one that CoOp
+            wrote for the set; None for the paper's, "a photo of a {}." (digits have theirs).
         crop_scale: smallest and largest share of an image's area that a training crop takes.
         flip: mirror half of the training images; None for the data set's own (yes, but not for digits).
         max_side: training images whose shorter side is longer than this many pixels are shrunk once.
@@ -106,8 +108,8 @@ class Recipe:
             raise ValueError(f"lr must be at least lr_min = {self.lr_min}, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.template is not None:
-            object.__setattr__(self, "template", one_or_all(templates(self.template)))
+        if self.template not in (None, OWN):
+            object.__setattr__(self, "template", one_or_all(templates(self.template or ())))
         self._check_options()
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be two rising shares in (0, 1], got {self.crop_scale}")
@@ -195,6 +197,11 @@ def templates(given: str | Sequence[str]) -> tuple[str, ...]:
         if several.count(template) > 1:
             raise ValueError(f"template {template!r} is given twice")
     return several
+
+
+def prompts_for(given: str | Sequence[str] | None, template: str, own: str | None) -> tuple[str, ...]:
+    """The prompts of a data set with this `template` and, where it is one of CoOp's, CoOp's `own`, if a user gave `given`."""
+    return templates((own or template) if given == OWN else given or template)
 
 
 def one_or_all(several: tuple[str, ...]) -> str | tuple[str, ...]:

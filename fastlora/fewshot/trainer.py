@@ -31,7 +31,7 @@ from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
 from .objective import ZeroShotTerm, frozen_twin
 from .prepare import Prepared, names, prepare
-from .recipe import Recipe, one_or_all, templates
+from .recipe import Recipe, one_or_all, prompts_for
 from .result import Result
 from .runfolder import RunFolder, atomic, identity, write_json
 from .shared import Shared
@@ -153,7 +153,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         write_json(folder.split, split)
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
-            tokens = loaded.tokenise(templates(recipe.template or about.template), about.classes)
+            tokens = loaded.tokenise(prompts_for(recipe.template, about.template, about.own_template), about.classes)
             return Exam(name, about.classes, images, tokens.to(device))
 
         def held_out(about: datasets.Dataset) -> EvalImages:

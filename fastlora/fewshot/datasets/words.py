@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from ..recipe import OWN
 from .base import UNNAMED, Dataset, class_name, refuse_duplicates
 
 __all__ = ["decode", "prompts", "read_class_names", "read_lines", "read_templates", "rename"]
@@ -63,11 +64,13 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 
 def prompts(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Templates as a user gives them: each a prompt with {}, or a file of prompts.
+    """Templates as a user gives them: each a prompt with {}, or a file of prompts; or "own", alone.
 
     Raises:
         UserError: neither, or a file that `read_templates` refuses.
     """
+    if given in (OWN, [OWN]):
+        return (OWN,)
     found: list[str] = []
     for one in [given] if isinstance(given, str) else given:
         if "{" in one or "}" in one:

@@ -14,7 +14,7 @@ from ..datasets import prompts
 from ..errors import UserError
 from ..models import MINI
 from ..reading import Reading
-from ..recipe import Recipe
+from ..recipe import Recipe, one_or_all
 
 __all__ = ["OPTIONS", "closest", "is_tuple", "recipe_of", "value_of"]
 
@@ -70,7 +70,7 @@ def recipe_of(options: dict[str, Any], shots: int, seed: int) -> Recipe:
     if values.get("model") == MINI and values.get("pretrained", "openai") == "openai":
         values["pretrained"] = None  # it has weights of its own
     if values.get("template") is not None:
-        values["template"] = prompts(values["template"])
+        values["template"] = one_or_all(prompts(values["template"]))
     reading = Reading(**{name: value for name, value in options.items() if name in _READING})
     recipe = Recipe(shots=shots, seed=seed, lora=lora, reading=reading, **values)
     plain: dict[str, Any] = {} if recipe.method == "lora" else {"lora": LoRAConfig()}
