@@ -60,8 +60,8 @@ def train(
     template: Annotated[
         list[str] | None,
         typer.Option(
-            help="The prompt, {} for the class name, or a file of them, or own for CoOp's of one of its sets. Several (lines, or"
-            " the option again) are averaged.",
+            help="The prompt, {} for the class name, or a file of them, or own for CoOp's of one of its sets. Several (lines,"
+            " or the option again) are averaged.",
             rich_help_panel=MODEL,
             show_default=f'"{PAPER}"; digits: "a photo of the digit {{}}."',
         ),

@@ -43,8 +43,8 @@ class Recipe:
         lr_min: what the cosine ends at, stepped every iteration, without warm-up.
         weight_decay: AdamW's.
         betas: AdamW's.
-        template: the prompt, with {} for the class name, or several, whose unit features are averaged; "own" for the one that CoOp
-            wrote for the set; None for the paper's, "a photo of a {}." (digits have theirs).
+        template: the prompt, with {} for the class name, or several, whose unit features are averaged; "own" for the one that
+            CoOp wrote for the set; None for the paper's, "a photo of a {}." (digits have theirs).
         crop_scale: smallest and largest share of an image's area that a training crop takes.
         flip: mirror half of the training images; None for the data set's own (yes, but not for digits).
         max_side: training images whose shorter side is longer than this many pixels are shrunk once.
