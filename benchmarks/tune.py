@@ -1,7 +1,8 @@
 """`benchmarks/device.py --tune`: the tile table's alternatives, each checked by the gate, then timed, one change at a time.
 
-Compiling dominates (a backward takes about ten seconds), so all cores compile ahead of the timing, in processes that record the
-very call and start no kernel: one that is wrong cannot hurt the others. The cubins come back through Triton's cache on disk.
+Compiling dominates (a second or two a kernel, hundreds of kernels), so all cores compile ahead of the timing, in processes
+that record the very call and start no kernel: one that is wrong cannot hurt the others. The cubins come back through Triton's
+cache on disk.
 """
 
 from __future__ import annotations

@@ -22,7 +22,10 @@ from .forward import pick
 
 @triton.jit
 def add_to_slot(ptrs, value, mask, first):
-    """*ptrs += value, or = value the first time: a slot belongs to one program and is never cleared."""
+    """*ptrs += value, or = value the first time: a slot belongs to one program and is never cleared.
+
+    The thread that reads need not be the one that wrote: a slot is visited once a row tile, so that barriers lie between.
+    """
     again = mask & (first + tl.zeros(mask.shape, tl.int32) == 0)
     tl.store(ptrs, tl.load(ptrs, mask=again, other=0.0) + value, mask=mask)
 

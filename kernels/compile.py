@@ -41,12 +41,17 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A class of calls with a shape that stands for it: packed q, k, v, width 768, batch 256 of ViT-B/16."""
+    """A class of calls with a shape that stands for it: packed q, k, v, width 768, batch 256 of ViT-B/16.
+
+    rank: R, where it is not the padded one. A size of 1 is a constant in what Triton compiles.
+    """
 
     call: tiles.Call
     dtype: torch.dtype
     active: tuple[bool, ...] = (True, True, True)
     width: int = 768
+    rows: int = 50432
+    rank: int | None = None
 
     def __str__(self) -> str:
         c = self.call
@@ -66,13 +71,13 @@ def configurations(archs: tuple[int, ...] = tiles.ARCHITECTURES) -> list[Config]
 def launches(config: Config, plan: tiles.Plan | None = None) -> list[Launch]:
     """The kernels that forward and backward start for a configuration."""
     call, g = config.call, sum(config.active)
-    m, k, n = 50432, config.width, config.width * len(config.active)
+    m, k, n, rank = config.rows, config.width, config.width * len(config.active), config.rank or call.rank
     plan = plan or tiles.choose(call)
 
     def empty(*shape: int, dtype: torch.dtype = config.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    a, b = empty(g, call.rank, k, dtype=torch.float32), empty(n * g // len(config.active), call.rank, dtype=torch.float32)
+    a, b = empty(g, rank, k, dtype=torch.float32), empty(n * g // len(config.active), rank, dtype=torch.float32)
     x, weight = empty(m, k), empty(n, k)
     groups = tuple(range(len(config.active)))
     spec = OpSpec(0.5, 0.25 if call.dropout else 0.0, 1, groups, config.active)
@@ -181,19 +186,21 @@ def jobs(configs: list[Config]) -> Iterator[Job]:
                 yield Job(config, number)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of README.md from the rows that --rows writes: Hopper's kernels for small ranks, and all others in a line."""
+def markdown(*files: list[dict[str, Any]]) -> str:
+    """The table of README.md from rows that --rows writes: Hopper's kernels of small rank in the first file, a line on each."""
     columns: tuple[str, ...] = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
-    head, *found = rows
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in found:
+    for row in files[0][1:]:
         if row["class"].startswith("sm_90 bfloat16 half r16") and row["kernel"] not in ("pack_kernel", "reduce_kernel"):
             lines.append("| " + " | ".join(str(row[c]).removeprefix("sm_90 bfloat16 half ") for c in columns) + " |")
-    lines.append(
-        f"\nTriton {head['triton']}, the whole table for sm_80, sm_90 and sm_100: {len(found)} kernels, "
-        f"{sum(bool(row['problems']) for row in found)} with problems, at most {max(row['stack'] for row in found)} bytes of "
-        f"stack, {sum(row['spills_in_loops'] for row in found)} spills in loops with products."
-    )
+    for head, *found in files:
+        lines.append(
+            f"\nTriton {head['triton']}, the whole table for sm_80, sm_90 and sm_100: {len(found)} kernels, "
+            f"{sum(bool(row['problems']) for row in found)} with problems, "
+            f"at most {max(row['stack'] for row in found)} bytes of stack, "
+            f"{sum(row['spills_in_loops'] for row in found)} spills in loops with products, "
+            f"{sum(row['cpu_seconds'] for row in found):.0f} CPU seconds of compiling."
+        )
     return "\n".join(lines)
 
 

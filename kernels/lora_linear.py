@@ -147,8 +147,12 @@ def forward(
     if y.numel() == 0:
         return y, s
     if plan is None and autotune.enabled():
-        key = ("forward", m, k, n, spec.active, bias is None)
-        plan = autotune.best(call.kind, key, lambda candidate: forward(x, weight, bias, a, b, spec, seed, rows, plan=candidate))
+        plan = autotune.best(
+            call.kind,
+            "forward",
+            (m, k, n, spec.active, bias is None),
+            lambda candidate: forward(x, weight, bias, a, b, spec, seed, rows, plan=candidate),
+        )
         return forward(x, weight, bias, a, b, spec, seed, rows, plan=plan)
     x, weight = _near(x), _near(weight)
     a, b = _pack(a, b, x.dtype, call.padded)
@@ -227,10 +231,10 @@ def backward(
                 grad.zero_()
         return dx, da, db
     if autotune_this:
-        key = ("backward", m, k, n, spec.active, needs)
         plan = autotune.best(
             call.kind,
-            key,
+            "backward",
+            (m, k, n, spec.active, needs),
             lambda candidate: backward(dy, x, s, weight, a, b, spec, seed, rows, needs, plan=candidate),
         )
         return backward(dy, x, s, weight, a, b, spec, seed, rows, needs, plan=plan)

@@ -28,6 +28,20 @@ for name, plan in PLANS.items():
     for launch in compile.launches(config, plan):
         print(name, launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
 """
+COMPILE_ONES = """
+import torch
+from kernels_support import PLANS
+from fastlora.kernels import compile, tiles
+seen = set()
+for dropout in (True, False):
+    config = compile.Config(tiles.Call(90, "half", 16, dropout), torch.bfloat16, (True,), width=1, rows=1, rank=1)
+    for plan in PLANS.values():
+        for launch in compile.launches(config, plan):
+            key = compile._source(launch).hash()
+            if key not in seen:
+                seen.add(key)
+                print(launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
+"""
 # The table with a forward tile that no row has; the arguments are its numbers. Then the command itself, on that forward alone.
 COMPILE_BAD_TABLE = """
 import dataclasses, sys
@@ -87,6 +101,15 @@ def test_rows_of_the_table_compile_without_spills_or_serialised_wgmma() -> None:
 @pytest.mark.slow
 def test_plans_that_the_interpreter_runs_compile_too() -> None:
     assert "backward_kernel" in run_compiler(COMPILE_TEST_PLANS)
+
+
+@pytest.mark.slow
+def test_sizes_of_one_compile_too() -> None:
+    """One row, column and rank: numbers that the interpreter is given are constants for the compiler."""
+    said = run_compiler(COMPILE_ONES)
+    assert {line.split()[0] for line in said.splitlines()} == {
+        "pack_kernel", "shrink_kernel", "forward_kernel", "ds_db_kernel", "backward_kernel", "da_kernel", "reduce_kernel"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
