@@ -20,27 +20,27 @@ from fastlora.kernels import compile
 sys.exit(compile.main(sys.argv[1:]))
 """
 COMPILE_TEST_PLANS = """
-import torch
-from kernels_support import PLANS
+import dataclasses, torch
+from kernels_support import OVERLAP, PLANS, VARIANTS
 from fastlora.kernels import compile, tiles
 config = compile.Config(tiles.Call(90, "half", 16, True), torch.float16, (True, False, True), width=133)
-for name, plan in PLANS.items():
+for name, plan in {**PLANS, **VARIANTS, "overlap": OVERLAP}.items():
+    # rows of 133 are nothing that a descriptor can hold
+    config = dataclasses.replace(config, width=136 if plan.descriptors else 133)
     for launch in compile.launches(config, plan):
-        print(name, launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
+        # the alternatives are of the forward alone
+        if name in PLANS or launch.kernel.__name__ in ("forward_kernel", "shrink_kernel", "words_kernel"):
+            described = launch.arguments.get("DESCRIPTORS", False)
+            print(name, launch.kernel.__name__, described, compile.compile_launch(launch, 90).registers)
 """
 COMPILE_ONES = """
 import torch
-from kernels_support import PLANS
+from kernels_support import ONE_PASS, TWO_PASSES
 from fastlora.kernels import compile, tiles
-seen = set()
-for dropout in (True, False):
-    config = compile.Config(tiles.Call(90, "half", 16, dropout), torch.bfloat16, (True,), width=1, rows=1, rank=1)
-    for plan in PLANS.values():
-        for launch in compile.launches(config, plan):
-            key = compile._source(launch).hash()
-            if key not in seen:
-                seen.add(key)
-                print(launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
+config = compile.Config(tiles.Call(90, "half", 16, True), torch.bfloat16, (True,), width=1, rows=1, rank=1)
+for plan in (ONE_PASS, TWO_PASSES):
+    for launch in compile.launches(config, plan):
+        print(launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
 """
 # The table with a forward tile that no row has; the arguments are its numbers. Then the command itself, on that forward alone.
 COMPILE_BAD_TABLE = """
@@ -100,7 +100,14 @@ def test_rows_of_the_table_compile_without_spills_or_serialised_wgmma() -> None:
 
 @pytest.mark.slow
 def test_plans_that_the_interpreter_runs_compile_too() -> None:
-    assert "backward_kernel" in run_compiler(COMPILE_TEST_PLANS)
+    said = run_compiler(COMPILE_TEST_PLANS)
+    for kernel in (
+        "one-pass backward_kernel",
+        "ready-bits words_kernel",
+        "descriptors forward_kernel True",
+        "overlap shrink_kernel",
+    ):
+        assert kernel in said
 
 
 @pytest.mark.slow
