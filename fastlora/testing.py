@@ -78,13 +78,33 @@ def assert_within_expected_budget(
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """FLOPs of the products and attentions in `step`, forward and backward, as torch's counter sees them and oneDNN's too."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which reads TRITON_INTERPRET then
+    """FLOPs of the products and attentions in `step`, forward and backward, a causal mask not taken off.
+
+    As torch's counter sees them, and what it leaves out on a CPU: oneDNN's products, those that add to their first argument,
+    and attention.
+    """
+    from torch.utils import flop_counter as torchs  # imports Triton, which reads TRITON_INTERPRET then
 
     def product(x: Any, *_: Any, out_shape: Any, **__: Any) -> int:
         return 2 * x[-1] * math.prod(out_shape)
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: product}) as counter:
+    def added(_: Any, x: Any, *__: Any, out_shape: Any, **___: Any) -> int:
+        return product(x, out_shape=out_shape)
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return torchs.sdpa_flop_count(q, k, v)
+
+    def attention_backward(dy: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return torchs.sdpa_backward_flop_count(dy, q, k, v)
+
+    aten = torch.ops.aten
+    unseen = {
+        torch.ops.mkldnn._linear_pointwise: product,
+        aten.addmm_: added,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with torchs.FlopCounterMode(display=False, custom_mapping=unseen) as counter:
         step()
     return counter.get_total_flops()
 

@@ -237,22 +237,26 @@ class TestAgainstTheHost:
 
 @pytest.mark.slow
 def test_whole_vit_b_32(one_seed: list[int]) -> None:
-    """One model of full size: its depth, its widths, the real vocabulary."""
+    """One model of full size: its depth, its widths, the real vocabulary; two draws: one's largest error is luck."""
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu")
     fastlora.patch(model)
-    for parameter in lora_parameters(model):
-        nn.init.normal_(parameter, std=0.02)
     model.train()
     tokens = open_clip.get_tokenizer("ViT-B-32")(["a photo of a cat.", "a photo of a golden retriever.", "a dog"])
-    batch = torch.randn(2, 3, 224, 224)
-    exact = double(model)
     both = TestAgainstTheHost()
-    for call, inputs in ((both.text, tokens), (both.image, batch)):
-        truth, _ = call(exact, inputs)
-        host, ours = call(model, inputs)
-        assert len(ours) == 25
-        assert_within_budget(ours, host, truth, torch.float32)
+    draws: dict[str, list[tuple[dict[str, Tensor], ...]]] = {"text": [], "image": []}
+    for _ in range(2):
+        for parameter in lora_parameters(model):
+            nn.init.normal_(parameter, std=0.02)
+        exact = double(model)
+        for tower, call, inputs in (("text", both.text, tokens), ("image", both.image, torch.randn(2, 3, 224, 224))):
+            truth, _ = call(exact, inputs)
+            host, ours = call(model, inputs)
+            assert len(ours) == 25
+            draws[tower].append((ours, host, truth))
+    for found in draws.values():
+        ours, hosts, truths = (list(results) for results in zip(*found, strict=True))
+        assert_within_expected_budget(ours, hosts, truths, torch.float32)
 
 
 class TestMasksAreKeyedByIdentity:

@@ -63,3 +63,14 @@ def test_flops_are_counted_whoever_multiplies() -> None:
     x, weight, add = torch.randn(5, 16).requires_grad_(), torch.randn(7, 16), torch.randn(5, 7)
     assert count_flops(lambda: products.linear(x.detach(), weight)) == 2 * 5 * 16 * 7
     assert count_flops(lambda: products.frozen_linear(x, weight, None, add).sum().backward()) == 2 * 2 * 5 * 16 * 7
+
+
+def test_flops_are_counted_whatever_computes_them() -> None:
+    x, w, y = torch.randn(6, 5), torch.randn(5, 7), torch.zeros(6, 7)
+    for call in (lambda: x @ w, lambda: torch.mm(x, w, out=y), lambda: torch.addmm(y, x, w), lambda: y.addmm_(x, w)):
+        assert count_flops(call) == 2 * 6 * 5 * 7
+    q = torch.randn(2, 4, 8, 16, requires_grad=True)
+    product = 2 * 2 * 4 * 8 * 8 * 16  # two forward; backward those of q kᵀ and dy vᵀ, dq, dk, dv
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: attend(q, q, q)) == 2 * product
+    assert count_flops(lambda: attend(q, q, q).sum().backward()) == (2 + 5) * product

@@ -19,11 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import LoRALinear, LoRAMultiheadAttention
 from ..products import frozen_linear
 from .attention import attend, attend_pooled
+from .mlp import QUICK, frozen_mlp, serves
 from .packing import Sequences
 
 __all__ = ["Step", "run_block"]
-
-_QUICK = 1.702  # QuickGELU(x) = x · sigmoid(1.702 x) = silu(1.702 x) / 1.702
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +85,16 @@ def _run(block: Any, x: Tensor, sequences: Sequences, step: Step, pooled: Tensor
 def _rest(block: Any, x: Tensor, attended: Tensor, step: Step) -> Tensor:
     """What follows attention: the output projection and the MLP, each added to x."""
     x = _add(x, block.ls_1, block.attn.out_proj, attended, step)
+    normed = block.ln_2(x)
+    plain = _plain(block.mlp.c_fc, normed) and _plain(block.mlp.c_proj, normed) and isinstance(block.ls_2, nn.Identity)
+    if plain and x.dtype == normed.dtype and serves(block.mlp, x):
+        return frozen_mlp(block.mlp, x, normed)
     # QuickGELU(u) = silu(1.702 u) / 1.702: silu is one kernel that keeps its input alone, the factors go into the products
     quick = type(block.mlp.gelu).__name__ == "QuickGELU"
-    normed = block.ln_2(x)
     with _recomputed(normed, block.ln_2, x, step):
-        hidden = _linear(block.mlp.c_fc, normed, step, _QUICK if quick else 1.0)
+        hidden = _linear(block.mlp.c_fc, normed, step, QUICK if quick else 1.0)
     hidden = F.silu(hidden) if quick else block.mlp.gelu(hidden)
-    return _add(x, block.ls_2, block.mlp.c_proj, hidden, step, 1 / _QUICK if quick else 1.0)
+    return _add(x, block.ls_2, block.mlp.c_proj, hidden, step, 1 / QUICK if quick else 1.0)
 
 
 def _project(attention: Any, x: Tensor, first: int, last: int, step: Step) -> Tensor:
