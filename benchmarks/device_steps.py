@@ -36,7 +36,7 @@ def jobs(smoke: bool, device: str) -> list[Job]:
     """The recipe's batch of 32 at 10, 100 and 1000 classes."""
     if smoke:
         return [Job("mini", classes=3, batch=2, device=device, depth=2, width=64)]
-    return [Job("ViT-B-16", classes=classes, device=device) for classes in (10, 100, 1000)]
+    return [Job("ViT-B-16-quickgelu", classes=classes, device=device) for classes in (10, 100, 1000)]
 
 
 def _captured(contestant: Trainee, images: Tensor, labels: Tensor) -> Step:

@@ -68,7 +68,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "scaling": _cpu(tables.scaling),
     "agreement": _cpu(tables.agreement),
     "overview": _cpu(tables.overview),
-    **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", "ViT-B-32") for n in (10, 100, 1000)},
+    **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", "ViT-B-32-quickgelu") for n in (10, 100, 1000)},
 }
 
 

@@ -38,7 +38,7 @@ def clip(tiny: bool) -> CLIPModel:
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
     if tiny:
         text = vision = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-    common = {"hidden_act": "gelu", "projection_dim": 512}
+    common = {"hidden_act": "quick_gelu", "projection_dim": 512}
     return CLIPModel(CLIPConfig(text_config=text | common, vision_config=vision | common, projection_dim=512)).train()
 
 

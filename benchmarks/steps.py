@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import TRAINEES, Job, Trainee, inputs
+from fastlora.fewshot import memory
 from machine import Ceilings, synchronize
 from measure import summary
 from memory import counts, ready
@@ -103,6 +104,7 @@ def side_by_side(
     count: those whose FLOPs and saved bytes are counted too, which takes a step more.
     gated: whether the contestants have passed the gate already.
     """
+    memory.keep_freed()  # as `fastlora train` does; all contestants gain
     contestants = {name: ready(TRAINEES[name], job) if gated else checked(name, job) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for contestant in contestants.values():

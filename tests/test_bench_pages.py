@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastlora.bench import plots, tables
 from fastlora.bench.page import page
-from fastlora.bench.rows import fit, pick, read, spread
+from fastlora.bench.rows import MODEL, fit, pick, read, spread
 from fastlora.bench.targets import targets
 from fastlora.cli import app
 from fastlora.fewshot.errors import UserError
@@ -22,8 +22,8 @@ TIMES = {"frozen": 4000.0, "fastlora": 2000.0, "fastlora, share_prefix": 1500.0,
 
 
 def step(name: str, classes: int, ms: float, run: int, method: str = "clock") -> dict[str, Any]:
-    case = f"ViT-B-32 batch 32 classes {classes} r=2 p=0.25"
-    job = {"case": case, "model": "ViT-B-32", "classes": classes, "batch": 32, "rank": 2, "dropout": 0.25}
+    case = f"{MODEL} batch 32 classes {classes} r=2 p=0.25"
+    job = {"case": case, "model": MODEL, "classes": classes, "batch": 32, "rank": 2, "dropout": 0.25}
     times = {"phase": "step", "method": method, "median_ms": ms, "over_frozen": ms / 4000.0}
     return {"row": "step", **job, "contestant": name, **times, "share_of_gemm_speed": 0.5, "saved_bytes": 2**30, "run": run}
 
@@ -40,12 +40,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             common = {"row": "scaling", "axis": "classes", "size": size, "run": run}
             rows += [common | {"contestant": "textbook", "median_ms": 5.0 * size**0.5}]
         rows += [
-            {"row": "memory", "case": "m", "model": "ViT-B-32", "classes": 100, "batch": 32, "contestant": name, "run": run}
+            {
+                "row": "memory",
+                "case": "m",
+                "model": MODEL,
+                "classes": 100,
+                "batch": 32,
+                "contestant": name,
+                "run": run,
+            }
             | {"peak_bytes": peak, "growth_bytes": peak / 2}
             for name, peak in (("fastlora", 2 * 2**30), ("the paper's arithmetic", 8 * 2**30))
         ]
         rows += [
-            {"row": "memory", "case": f"{n}", "model": "ViT-B-32", "classes": n, "batch": 32, "contestant": name, "run": run}
+            {
+                "row": "memory",
+                "case": f"{n}",
+                "model": MODEL,
+                "classes": n,
+                "batch": 32,
+                "contestant": name,
+                "run": run,
+            }
             | {"peak_bytes": 2**30 * (1 + n / 100 * 7), "growth_bytes": 2**30}
             for n, name in ((10, "the paper's arithmetic"), (1000, "fastlora"))
         ]

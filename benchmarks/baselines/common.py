@@ -34,11 +34,12 @@ NAME_LENGTHS = [1] * 38 + [2] * 38 + [3] * 14 + [4] * 6 + [5] * 2 + [7] + [11]
 class Job:
     """What is trained: the recipe of CLIP-LoRA (q, k, v of both encoders) on random weights and images.
 
-    model: a name of open_clip's list, or "mini" for the model that ships with fastlora.
+    model: a name of open_clip's list, or "mini" for the model that ships with fastlora. The paper's are OpenAI's, whose
+        activation is QuickGELU: "ViT-B-32" alone is open_clip's, with GELU.
     depth, width: blocks and width of both towers, for "mini" only; None for its own.
     """
 
-    model: str = "ViT-B-32"
+    model: str = "ViT-B-32-quickgelu"
     classes: int = 100
     batch: int = 32
     rank: int = 2
@@ -162,7 +163,7 @@ class Trainee:
     def __init__(self, job: Job, adapters: Adapters) -> None:
         self.job = job
         self.model = host(job).requires_grad_(False)
-        self.tokenize = open_clip.get_tokenizer("ViT-B-32" if job.model == "mini" else job.model)
+        self.tokenize = open_clip.get_tokenizer("ViT-B-32-quickgelu" if job.model == "mini" else job.model)
         self.install(adapters)
         if self.cast_once:
             cast(self.model, self.compute_dtype)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from .rows import FLOOR, OURS, Row, fit, latest, median, pick
+from .rows import FLOOR, MODEL, OURS, Row, fit, latest, median, pick
 from .tables import curves, ordered, over, seconds
 
 __all__ = ["PLOTS", "hero", "memory", "overview", "ratios", "scaling", "times"]
@@ -135,7 +135,7 @@ def scaling(rows: list[Row]) -> Any:
 
 def overview(rows: list[Row]) -> dict[str, dict[str, float]]:
     """What README's figure shows: time of a ViT-B-32 step over fastlora's, by number of classes and method."""
-    found = [row for row in _steps(rows) if row.get("model") == "ViT-B-32" and row.get("batch") == 32]
+    found = [row for row in _steps(rows) if row.get("model") == MODEL and row.get("batch") == 32]
     groups = {}
     for case in ordered(found, "case"):
         mine = pick(found, case=case)

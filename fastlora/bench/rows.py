@@ -11,10 +11,11 @@ from typing import Any
 
 from ..fewshot.errors import UserError
 
-__all__ = ["FLOOR", "OURS", "Row", "fit", "latest", "median", "pick", "read", "spread", "with_floor"]
+__all__ = ["FLOOR", "MODEL", "OURS", "Row", "fit", "latest", "median", "pick", "read", "spread", "with_floor"]
 
 Row = dict[str, Any]
 FLOOR, OURS = "frozen", "fastlora"
+MODEL = "ViT-B-32-quickgelu"  # the one that targets and README speak of: OpenAI's ViT-B/32, as the paper's code loads it
 
 
 def read(path: Path) -> list[Row]:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .rows import OURS, Row, fit, latest, median, pick, spread
+from .rows import MODEL, OURS, Row, fit, latest, median, pick, spread
 
 __all__ = ["Table", "agreement", "everything", "machine", "memory", "ops", "overview", "scaling", "steps"]
 
@@ -148,7 +148,7 @@ def steps(rows: list[Row], *, one: bool = False) -> Table | None:
 
 def overview(rows: list[Row]) -> Table | None:
     """The paper's model on one page: a step by number of classes, each method's time over fastlora's, and its peak memory."""
-    found = pick(rows, row="step", model="ViT-B-32", batch=32)
+    found = pick(rows, row="step", model=MODEL, batch=32)
     cases = {row["classes"]: row["case"] for row in found}
     if not cases:
         return None
@@ -159,7 +159,7 @@ def overview(rows: list[Row]) -> Table | None:
             mine, times = pick(found, case=case, contestant=name), over(pick(found, case=case), name, OURS)
             mark = CHUNKS if mine and mine[0]["method"] == "chunks" else ""
             line.append(f"{seconds(median(mine, 'median_ms'))}{mark}, {ratio(statistics.median(times))} ×" if times else NONE)
-        peak = median(pick(rows, row="memory", model="ViT-B-32", classes=100, contestant=name), "peak_bytes")
+        peak = median(pick(rows, row="memory", model=MODEL, classes=100, contestant=name), "peak_bytes")
         cells.append((*line, size(peak)))
     note = f"{CHUNKS.strip()} timed in chunks of 50 classes: a whole step does not fit in memory."
     heads = ("method", *(f"{classes} classes" for classes in cases), "peak memory, 100 classes")

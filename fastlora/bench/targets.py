@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from .rows import FLOOR, OURS, Row, median, pick
+from .rows import FLOOR, MODEL, OURS, Row, median, pick
 from .tables import NONE, PAPER, PREFIX, Table, over
 
 __all__ = ["Target", "targets"]
@@ -24,7 +24,7 @@ class Target:
 
 
 def _vit(rows: list[Row], classes: int, kind: str = "step") -> list[Row]:
-    found = pick(rows, row=kind, model="ViT-B-32", classes=classes, batch=32)
+    found = pick(rows, row=kind, model=MODEL, classes=classes, batch=32)
     return [row for row in found if row["env"].get("device", "cpu") == "cpu"]
 
 
@@ -50,7 +50,7 @@ def _memory(key: str) -> Callable[[list[Row]], list[float]]:
 
 
 def _flops(rows: list[Row]) -> list[float]:
-    found = [row for row in pick(rows, row="counted", model="ViT-B-32", rank=16) if "flops" in row]
+    found = [row for row in pick(rows, row="counted", model=MODEL, rank=16) if "flops" in row]
     ours, floor = (median(pick(found, contestant=name), "flops") for name in ("fastlora, host's encoders", FLOOR))
     return [ours / floor] if ours and floor else []
 

@@ -1,14 +1,29 @@
-"""Peak memory of a run: the process's resident size, and what torch's allocator held on a GPU."""
+"""Memory of a run: the peaks of the process and of torch's allocator on a GPU; keeping what is freed for the next step."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["peak", "reset_peak"]
+__all__ = ["keep_freed", "peak", "reset_peak"]
+
+
+def keep_freed() -> bool:
+    """Let this process keep what it frees: a step's large tensors then lie on the pages of the step before.
+
+    glibc gives every tensor of 32 MB and more fresh pages, which the kernel must map and clear: 6 % to 8 % of a step with 1000
+    classes on two cores. The process holds its peak from then on. False where the C library is another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    no_mmap, trim_threshold, top_pad = -4, -1, -2  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    return all([mallopt(no_mmap, 0), mallopt(trim_threshold, -1), mallopt(top_pad, 2**26)])
 
 
 def reset_peak(device: torch.device) -> None:

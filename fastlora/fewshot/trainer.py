@@ -122,6 +122,8 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
     recipe = job.recipe
     dtype = choose_dtype(recipe.precision, device)
     memory.reset_peak(device)
+    if device.type == "cpu":
+        memory.keep_freed()
     with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
         whole = shared.dataset(job.data, job.root, recipe.reading)
         datasets.check_training(whole)
