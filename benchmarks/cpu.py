@@ -26,11 +26,13 @@ from typing import Any
 import torch
 
 from baselines import TRAINEES, Job
+from fastlora.bench.rows import MODEL
 from machine import RESULTS, ROOT, Ceilings, Rows, ceilings, environment, read_rows
 from memory import counts, measure, ready
 from ops import CONTESTANTS
 from ops import gate as op_gate
 from ops_timing import op_rows
+from savings import savings
 from shapes import Case
 from steps import checked, seconds_whole, side_by_side, warm_up
 
@@ -61,7 +63,7 @@ def here(names: list[str]) -> list[str]:
 def gates(context: Context) -> list[Row]:
     """What every step part asks for: each contestant's outputs and gradients are right, and it drops out."""
     rows = []
-    for model in ("mini",) if context.tiny else ("mini", "ViT-B-32-quickgelu"):
+    for model in ("mini",) if context.tiny else ("mini", MODEL):
         for name in here(EVERYONE if not context.tiny else ["frozen", "fastlora", "PEFT"]):
             try:
                 checked(name, Job(model))
@@ -90,7 +92,7 @@ def steps(job: Job, rounds: int, names: list[str], again: list[str], count: list
 
 def memory(context: Context) -> list[Row]:
     """Peak memory in fresh processes: all at 100 classes; ours and the paper's at fewer, so that both can be fitted."""
-    base = Job("mini" if context.tiny else "ViT-B-32-quickgelu", batch=2 if context.tiny else 32)
+    base = Job("mini" if context.tiny else MODEL, batch=2 if context.tiny else 32)
     plan = [(10, ["fastlora", "the paper's arithmetic"]), (50, ["the paper's arithmetic"]), (100, MAIN)]
     plan += [(1000, ["fastlora", "fastlora, share_prefix"])]
     rows = []
@@ -143,9 +145,15 @@ def scaling(axis: str) -> Callable[[Context], list[Row]]:
     return part
 
 
+def apart(context: Context) -> list[Row]:
+    """A step with one saving taken away, for each of them."""
+    job = Job("mini", batch=2, classes=3) if context.tiny else Job(MODEL, classes=100)
+    return savings(job, 1 if context.tiny else 3)
+
+
 def agreement(context: Context) -> list[Row]:
     """The harness's PEFT and textbook beside plain.py's, a process of its own."""
-    job = Job("mini", batch=2, classes=3) if context.tiny else Job("ViT-B-32-quickgelu", classes=10)
+    job = Job("mini", batch=2, classes=3) if context.tiny else Job(MODEL, classes=10)
 
     def plain() -> list[Row]:
         command = [sys.executable, str(ROOT / "benchmarks" / "plain.py"), "--classes", str(job.classes), "--steps", "2"]
@@ -170,7 +178,7 @@ def counted(context: Context) -> list[Row]:
     import fastlora
     from measure import saved_bytes
 
-    job = Job("mini" if context.tiny else "ViT-B-32-quickgelu", batch=2, classes=4, rank=16)
+    job = Job("mini" if context.tiny else MODEL, batch=2, classes=4, rank=16)
     flops = {name: counts(ready(TRAINEES[name], job))["flops"] for name in ("frozen", "fastlora, host's encoders")}
     rows: list[Row] = [{"row": "counted", **job.row(), "contestant": name, "flops": n} for name, n in flops.items()]
     m, d, rank = 1600, 768, 16
@@ -183,11 +191,12 @@ def counted(context: Context) -> list[Row]:
 # name -> (what it does, whether every run repeats it)
 PARTS: dict[str, tuple[Callable[[Context], list[Row]], bool]] = {
     "gate": (gates, False),
-    "step-vit-b-32-100": (steps(Job("ViT-B-32-quickgelu", classes=100), 1, MAIN, AGAIN, OURS[:2]), True),
-    "step-vit-b-32-1000": (steps(Job("ViT-B-32-quickgelu", classes=1000), 1, MAIN, AGAIN, OURS[:2]), True),
-    "step-vit-b-32-10": (steps(Job("ViT-B-32-quickgelu", classes=10), 1, EVERYONE, AGAIN, EVERYONE), True),
+    "step-vit-b-32-100": (steps(Job(MODEL, classes=100), 1, MAIN, AGAIN, OURS[:2]), True),
+    "step-vit-b-32-1000": (steps(Job(MODEL, classes=1000), 1, MAIN, AGAIN, OURS[:2]), True),
+    "step-vit-b-32-10": (steps(Job(MODEL, classes=10), 1, EVERYONE, AGAIN, EVERYONE), True),
     "step-mini-10": (steps(Job("mini", classes=10), 3, EVERYONE, EVERYONE, EVERYONE), True),
     "step-mini-100": (steps(Job("mini", classes=100), 2, EVERYONE, EVERYONE, EVERYONE), True),
+    "savings": (apart, False),
     "agreement": (agreement, False),
     "ops": (ops, False),
     "memory": (memory, False),

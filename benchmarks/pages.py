@@ -20,7 +20,7 @@ import options_table
 import sweeps
 from fastlora.bench import plots, tables
 from fastlora.bench.page import svg
-from fastlora.bench.rows import Row, read
+from fastlora.bench.rows import MODEL, Row, read
 from fastlora.bench.targets import targets
 
 HOME = Path(__file__).resolve().parents[1]
@@ -64,11 +64,12 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "machine": _cpu(tables.machine),
     "targets": _cpu(targets),
     "layers": _cpu(tables.ops),
+    "savings": _cpu(tables.savings),
     "memory": _cpu(tables.memory),
     "scaling": _cpu(tables.scaling),
     "agreement": _cpu(tables.agreement),
     "overview": _cpu(tables.overview),
-    **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", "ViT-B-32-quickgelu") for n in (10, 100, 1000)},
+    **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", MODEL) for n in (10, 100, 1000)},
 }
 
 

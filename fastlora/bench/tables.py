@@ -10,7 +10,7 @@ from typing import Any
 
 from .rows import MODEL, OURS, Row, fit, latest, median, pick, spread
 
-__all__ = ["Table", "agreement", "everything", "machine", "memory", "ops", "overview", "scaling", "steps"]
+__all__ = ["Table", "agreement", "everything", "machine", "memory", "ops", "overview", "savings", "scaling", "steps"]
 
 NONE = "–"  # not measured
 PAPER = "the paper's arithmetic"
@@ -204,6 +204,16 @@ def ops(rows: list[Row], *, one: bool = False) -> Table | None:
     return Table("One adapted layer", ("layer", *heads), cells, text=2)
 
 
+def savings(rows: list[Row]) -> Table | None:
+    """One step with each of its savings taken away, over the step that has all."""
+    heads = ("without", "a step", "over the step with all", "saved for backward")
+    cells = [
+        (row["without"], seconds(row["median_ms"]), ratio(row["over_all"]), size(row["saved_bytes"]))
+        for row in pick(rows, row="savings")
+    ]
+    return Table("What each saving is worth", heads, cells) if cells else None
+
+
 def memory(rows: list[Row]) -> Table | None:
     """Peak memory of a step in a fresh process."""
     found = [row for row in rows if "peak_bytes" in row]
@@ -292,6 +302,6 @@ def everything(rows: list[Row]) -> list[Table]:
     """All tables that the rows have something for."""
     from .targets import targets
 
-    made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), memory(rows)]
+    made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), savings(rows), memory(rows)]
     made += [*_each_case(ops, rows, "op"), scaling(rows), agreement(rows)]
     return [table for table in made if table is not None]
