@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from machine import RESULTS, environment
 LORA = LoRAConfig(rank=16, alpha=8.0)
 COMMON: dict[str, Any] = {"model": "mini", "pretrained": None, "lr": 3e-3, "crop_scale": (0.3, 1.0), "lora": LORA}
 SETS: dict[str, dict[str, Any]] = {"digits": {"shots": 16, "iterations": 300}, "caltech101": {"shots": 4, "iterations": 80}}
+OUT = RESULTS / "engines.jsonl"
 WAYS = ("plain loop", "eager", "compile")
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 
@@ -119,12 +121,28 @@ def plan(root: Path | None, seeds: int) -> Iterator[tuple[str, int, str]]:
             yield from ((name, seed, way) for way in WAYS)
 
 
+def table() -> str:
+    """The rows so far as Markdown: mean and spread of accuracy over seeds, and each seed's gap to the plain loop."""
+    rows = list(map(json.loads, OUT.read_text().splitlines())) if OUT.exists() else []
+    lines = ["| data | trained by | top-1 | over the plain loop, seed by seed |", "|---|---|---:|---:|"]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        found = {(row["way"], row["seed"]): row["accuracy"] for row in rows if row["data"] == data}
+        for way in (way for way in WAYS if any(w == way for w, _ in found)):
+            mine = {seed: accuracy for (w, seed), accuracy in found.items() if w == way}
+            gaps = ", ".join(f"{a - found[WAYS[0], seed]:+.1f}" for seed, a in mine.items() if (WAYS[0], seed) in found)
+            spread = f" ± {statistics.stdev(mine.values()):.1f}" if len(mine) > 1 else ""
+            lines.append(
+                f"| {data} | {way} | {statistics.mean(mine.values()):.1f}{spread} | {'–' if way == WAYS[0] else gaps} |"
+            )
+    return "\n".join(lines) if rows else "Not yet measured."
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="folder that holds Caltech101 in CoOp's layout; without it, digits alone")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "engines.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     there = {(row["data"], row["seed"], row["way"]) for row in map(json.loads, lines)}

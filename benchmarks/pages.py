@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import engines
 import options_table
 import sweeps
 from fastlora.bench import plots, tables
@@ -61,6 +62,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "few-shot table": lambda page: sweeps.short(),
     **{name: partial(_sweep, name) for name in sweeps.SWEEPS},
     "options table": lambda page: options_table.table(options_table.rows_so_far()),
+    "engines table": lambda page: engines.table(),
     "machine": _cpu(tables.machine),
     "targets": _cpu(targets),
     "layers": _cpu(tables.ops),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,34 @@ def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Pat
     assert {row["row"] for row in rows} >= {"run", "ceilings", "step", "op", "scaling", "agreement", "counted", "end"}
     assert {path.name for path in tmp_path.iterdir()} == {f"run1-{name}.jsonl" for name in PARTS}
     titles = {table.title.split(":")[0] for table in everything(read(tmp_path))}
-    assert {"Machine", "One training step", "One adapted layer", "Cost as work grows", "Another person's check"} <= titles
+    assert {
+        "Machine",
+        "One training step",
+        "What each saving is worth",
+        "One adapted layer",
+        "Cost as work grows",
+        "Another person's check",
+    } <= titles
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert main(["--tiny", "--runs", "1", "--out", str(tmp_path)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_engines_are_held_against_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step or two of each; what is there is not done again."""
+    import engines
+
+    monkeypatch.setattr(engines, "SETS", {"digits": {"shots": 1, "iterations": 2}})
+    monkeypatch.setattr(engines, "WAYS", ("plain loop", "eager"))
+    monkeypatch.setattr(engines, "OUT", tmp_path / "engines.jsonl")
+    monkeypatch.setattr("sys.argv", ["engines.py", "--seeds", "1", "--out", str(engines.OUT)])
+    engines.main()
+    first = engines.OUT.read_text()
+    engines.main()
+    assert engines.OUT.read_text() == first
+    plain, eager = map(json.loads, first.splitlines())
+    assert abs(plain["accuracy"] - eager["accuracy"]) < 5  # both still nearly at the start, which is the same
+    assert "| digits | eager |" in engines.table()
 
 
 def test_a_step_in_chunks_is_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
