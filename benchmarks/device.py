@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 
 from device_tests import run_tests
 from machine import RESULTS, Rows, ceilings, environment, read_rows, synchronize
-from measure import by_clock, by_events, by_graph, peak_memory, saved_bytes
+from measure import Timing, by_clock, by_events, by_graph, peak_memory, saved_bytes
 from ops import CONTESTANTS, Bound, Contestant, bind, gate, phase_calls
 from run import Run, finished
 from shapes import Case, InputSet
@@ -65,11 +66,17 @@ def input_sets(case: Case, device: torch.device) -> list[InputSet]:
     return [first, *(InputSet.draw(case, number) for number in range(2, count + 1))]
 
 
-def _methods(run: Run, bounds: list[Bound], phase: str, stream: Any) -> list[Any]:
+def _methods(run: Run, bounds: list[Bound], phase: str, stream: Any, row: dict[str, Any]) -> Iterator[Timing]:
     calls = phase_calls(bounds, phase)
     if run.device.type != "cuda":
-        return [by_clock(calls, run.device, 0.01, least=3)]
-    return [by_events(calls, SAMPLE), by_graph(calls, stream, SAMPLE)]
+        yield by_clock(calls, run.device, 0.01, least=3)
+        return
+    yield by_events(calls, SAMPLE)
+    try:
+        yield by_graph(calls, stream, SAMPLE)
+    except Exception as error:  # what cannot be captured still has its time by events, and its other phases
+        print(f"  {row['contestant']} {phase}: no graph, {repr(error)[:200]}", flush=True)
+        run.failed(row | {"phase": phase, "method": "graph"}, error)
 
 
 def measure_contestant(run: Run, case: Case, contestant: Contestant, sets: list[InputSet]) -> None:
@@ -96,10 +103,12 @@ def measure_contestant(run: Run, case: Case, contestant: Contestant, sets: list[
         row |= peak
         for phase in PHASES:
             flops, nbytes = case.work(phase)
-            for timing in _methods(run, bounds, phase, stream):
+            for timing in _methods(run, bounds, phase, stream, row):
                 speeds = {"tflops": flops / timing.median / 1e12, "gbps": nbytes / timing.median / 1e9}
                 share = run.ceilings.seconds(flops, nbytes) / timing.median
                 run.rows.add(row | {"phase": phase} | timing.row() | speeds | {"share_of_roofline": share})
+            if run.broken:
+                return
 
 
 def measure_case(run: Run, case: Case, contestants: list[Contestant]) -> None:

@@ -18,6 +18,7 @@ import device_tests
 from baselines import TRAINEES
 from bench_support import BENCHMARKS, names, run_benchmark
 from machine import Ceilings, Rows, environment, read_rows
+from measure import summary
 from run import Run, finished
 
 SCRIPT = str(BENCHMARKS / "device.py")
@@ -161,3 +162,18 @@ def test_benchmarks_import_no_circle() -> None:
         imports[name] = {module for module in modules if module in scripts}
     assert "run" in imports["tune"] and "tune" in imports["device"]
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def test_what_cannot_be_captured_keeps_its_time_by_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    run = make(tmp_path, kind="cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(device, "phase_calls", lambda bounds, phase: [])
+    monkeypatch.setattr(device, "by_events", lambda calls, budget: summary([1.0], "events"))
+    monkeypatch.setattr(device, "by_graph", refuses)
+    timings = list(device._methods(run, [], "forward", None, {"row": "op", "contestant": "c"}))
+    assert [timing.method for timing in timings] == ["events"] and not run.broken
+    assert "capturing" in read_rows(run.rows.path)[-1]["failed"]
