@@ -22,7 +22,7 @@ def _stopped(process: subprocess.Popen[str]) -> str:
     """Interrupt pytest, which then says what failed so far; end its workers too, which would disturb what is timed next."""
     process.send_signal(signal.SIGINT)
     try:
-        output, _ = process.communicate(timeout=15)
+        output, _ = process.communicate(timeout=30)
     except subprocess.TimeoutExpired:
         output = ""
     try:
