@@ -40,7 +40,7 @@ from machine import RESULTS, environment
 
 LORA = LoRAConfig(rank=16, alpha=8.0)
 COMMON: dict[str, Any] = {"model": "mini", "pretrained": None, "lr": 3e-3, "crop_scale": (0.3, 1.0), "lora": LORA}
-SETS: dict[str, dict[str, Any]] = {"digits": {"shots": 16, "iterations": 300}, "caltech101": {"shots": 4, "iterations": 80}}
+SETS: dict[str, dict[str, Any]] = {"digits": {"shots": 4, "iterations": 80}, "caltech101": {"shots": 4, "iterations": 80}}
 OUT = RESULTS / "engines.jsonl"
 WAYS = ("plain loop", "eager", "compile")
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)
