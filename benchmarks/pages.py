@@ -22,6 +22,7 @@ import sweeps
 from fastlora.bench import plots, tables
 from fastlora.bench.page import svg
 from fastlora.bench.rows import MODEL, Row, read
+from fastlora.bench.table import Table
 from fastlora.bench.targets import targets
 
 HOME = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def cpu_rows() -> list[Row]:
     return read(RESULTS / "cpu") if (RESULTS / "cpu").is_dir() else []
 
 
-def _cpu(make: Callable[[list[Row]], tables.Table | None]) -> Callable[[Path], str]:
+def _cpu(make: Callable[[list[Row]], Table | None]) -> Callable[[Path], str]:
     def block(page: Path) -> str:
         table = make(cpu_rows())
         return MISSING if table is None else table.markdown()
@@ -50,7 +51,7 @@ def _sweep(name: str, page: Path) -> str:
 
 
 def _steps(model: str, classes: int) -> Callable[[Path], str]:
-    def make(rows: list[Row]) -> tables.Table | None:
+    def make(rows: list[Row]) -> Table | None:
         found = [row for row in rows if row["row"] == "step" and (row["model"], row["classes"]) == (model, classes)]
         return tables.steps(found, one=True)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastlora.bench import plots, tables
 from fastlora.bench.page import page
-from fastlora.bench.rows import MODEL, fit, pick, read, spread
+from fastlora.bench.rows import MODEL, fit, over, pick, read, spread
 from fastlora.bench.targets import targets
 from fastlora.cli import app
 from fastlora.fewshot.errors import UserError
@@ -105,7 +105,7 @@ def test_ratios_have_both_sides_from_one_run(folder: Path) -> None:
     """One run whose machine was half as fast changes no ratio."""
     rows = read(folder)
     slow = [row | {"median_ms": 2 * row["median_ms"]} if row.get("run") == 2 and "median_ms" in row else row for row in rows]
-    before, after = (tables.over(pick(part, row="step", classes=100), "textbook", "fastlora") for part in (rows, slow))
+    before, after = (over(pick(part, row="step", classes=100), "textbook", "fastlora") for part in (rows, slow))
     assert before == after == [3.0] * 3
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from .plots import PLOTS
 from .rows import Row
-from .tables import Table, everything
+from .table import Table
+from .tables import everything
 
 __all__ = ["figures", "page", "save", "svg"]
 

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from .rows import FLOOR, MODEL, OURS, Row, fit, latest, median, pick
-from .tables import curves, ordered, over, seconds
+from .rows import FLOOR, MODEL, OURS, Row, fit, latest, median, over, pick
+from .table import seconds
+from .tables import curves, ordered
 
 __all__ = ["PLOTS", "hero", "memory", "overview", "ratios", "scaling", "times"]
 

@@ -11,10 +11,25 @@ from typing import Any
 
 from ..fewshot.errors import UserError
 
-__all__ = ["FLOOR", "MODEL", "OURS", "Row", "fit", "latest", "median", "pick", "read", "spread", "with_floor"]
+__all__ = [
+    "FLOOR",
+    "MODEL",
+    "OURS",
+    "PAPER",
+    "PREFIX",
+    "Row",
+    "fit",
+    "latest",
+    "median",
+    "over",
+    "pick",
+    "read",
+    "spread",
+    "with_floor",
+]
 
 Row = dict[str, Any]
-FLOOR, OURS = "frozen", "fastlora"
+FLOOR, OURS, PREFIX, PAPER = "frozen", "fastlora", "fastlora, share_prefix", "the paper's arithmetic"
 MODEL = "ViT-B-32-quickgelu"  # the one that targets and README speak of: OpenAI's ViT-B/32, as the paper's code loads it
 
 
@@ -93,3 +108,9 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
     logs = [(math.log(x), math.log(y)) for x, y in points]
     slope, offset = statistics.linear_regression(*zip(*logs, strict=True))
     return math.exp(offset), slope
+
+
+def over(rows: list[Row], name: str, base: str) -> list[float]:
+    """Of each run the time of one contestant over another's; both come from one file."""
+    mine, theirs = ({(r.get("run"), r["file"]): r["median_ms"] for r in pick(rows, contestant=n)} for n in (name, base))
+    return [mine[key] / theirs[key] for key in mine if key in theirs]

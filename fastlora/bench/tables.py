@@ -1,95 +1,23 @@
-"""Tables from rows: each a title, heads and cells as text, for a terminal, Markdown and HTML alike."""
+"""Tables from rows."""
 
 from __future__ import annotations
 
-import dataclasses
-import html
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from .rows import MODEL, OURS, Row, fit, latest, median, pick, spread
+from .rows import MODEL, OURS, PAPER, PREFIX, Row, fit, latest, median, over, pick, spread
+from .table import NONE, Table, percent, ratio, seconds, size
+from .targets import targets
 
-__all__ = ["Table", "agreement", "everything", "machine", "memory", "ops", "overview", "savings", "scaling", "steps"]
+__all__ = ["agreement", "everything", "machine", "memory", "ops", "overview", "savings", "scaling", "steps"]
 
-NONE = "–"  # not measured
-PAPER = "the paper's arithmetic"
-PREFIX = "fastlora, share_prefix"
 CHUNKS = " ᶜ"  # timed in chunks of classes
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """heads of the columns and rows of cells, the first `text` left-aligned; note: a line below."""
-
-    title: str
-    heads: tuple[str, ...]
-    cells: Sequence[tuple[str, ...]]
-    note: str = ""
-    text: int = 1
-
-    def markdown(self) -> str:
-        """Without the title."""
-        lines = ["| " + " | ".join(self.heads) + " |", "|" + "---|" * self.text + "---:|" * (len(self.heads) - self.text)]
-        lines += ["| " + " | ".join(row) + " |" for row in self.cells]
-        return "\n".join([*lines, *(["", self.note] if self.note else [])])
-
-    def html(self) -> str:
-        """A <table> with its title and note."""
-
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            classes = [""] * self.text + [' class="n"'] * (len(cells) - self.text)
-            return "".join(f"<{tag}{c}>{html.escape(t)}</{tag}>" for c, t in zip(classes, cells, strict=True))
-
-        body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in self.cells)
-        note = f"<p class='soft'>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<h2>{html.escape(self.title)}</h2><table><tr>{row(self.heads, 'th')}</tr>{body}</table>{note}"
-
-    def rich(self) -> Any:
-        """A rich.table.Table."""
-        from rich.table import Table as RichTable
-
-        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
-        for i, head in enumerate(self.heads):
-            table.add_column(head, justify="right" if i >= self.text else "left", overflow="fold")
-        for cells in self.cells:
-            table.add_row(*cells)
-        return table
-
-
-def seconds(value: float | None) -> str:
-    """Milliseconds as readable text."""
-    if value is None:
-        return NONE
-    return f"{value / 1e3:.2f} s" if value >= 1000 else f"{value:.3g} ms"
-
-
-def size(value: float | None) -> str:
-    """Bytes as readable text."""
-    if value is None:
-        return NONE
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
-def ratio(value: float | None) -> str:
-    """A ratio as text."""
-    return NONE if value is None else f"{value:.2f}"
-
-
-def percent(value: float | None) -> str:
-    """A share as text."""
-    return NONE if value is None else f"{100 * value:.0f} %"
 
 
 def ordered(rows: list[Row], key: str) -> list[Any]:
     """The values of a key, in order of appearance."""
     return list(dict.fromkeys(row[key] for row in rows))
-
-
-def over(rows: list[Row], name: str, base: str) -> list[float]:
-    """Of each run the time of one contestant over another's; both come from one file."""
-    mine, theirs = ({(r.get("run"), r["file"]): r["median_ms"] for r in pick(rows, contestant=n)} for n in (name, base))
-    return [mine[key] / theirs[key] for key in mine if key in theirs]
 
 
 def machine(rows: list[Row]) -> Table | None:
@@ -300,8 +228,6 @@ def _each_case(make: Callable[..., Table | None], rows: list[Row], kind: str) ->
 
 def everything(rows: list[Row]) -> list[Table]:
     """All tables that the rows have something for."""
-    from .targets import targets
-
     made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), savings(rows), memory(rows)]
     made += [*_each_case(ops, rows, "op"), scaling(rows), agreement(rows)]
     return [table for table in made if table is not None]

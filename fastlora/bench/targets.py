@@ -6,8 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from .rows import FLOOR, MODEL, OURS, Row, median, pick
-from .tables import NONE, PAPER, PREFIX, Table, over
+from .rows import FLOOR, MODEL, OURS, PAPER, PREFIX, Row, median, over, pick
+from .table import NONE, Table
 
 __all__ = ["Target", "targets"]
 
