@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastlora
 from baselines.common import SeparateAttention, blocks
@@ -47,13 +47,16 @@ CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 
 
 def textbook(model: Any, recipe: Recipe) -> None:
-    """Textbook LoRA on separate q, k, v of every block, in place; everything else frozen."""
-    model.requires_grad_(False).eval()
+    """Textbook LoRA on separate q, k, v of every block, in place, from the A that `fastlora.patch` draws; the rest is frozen."""
     lora = recipe.lora
-    for block in (block for tower in blocks(model).values() for block in tower):
+    fastlora.patch(model, lora)
+    every = [block for tower in blocks(model).values() for block in tower]
+    starts = [block.attn.lora_A.detach().clone() for block in every]
+    fastlora.unpatch(model)
+    model.requires_grad_(False).eval()
+    for block, start in zip(every, starts, strict=True):
         block.attn = SeparateAttention(block.attn)
-        for i, linear in enumerate(block.attn.projections):
-            a = nn.init.kaiming_uniform_(torch.empty(lora.rank, linear.in_features), a=math.sqrt(5))
+        for i, (linear, a) in enumerate(zip(block.attn.projections, start, strict=True)):
             b = torch.zeros(linear.out_features, lora.rank)
             block.attn.projections[i] = NaiveLinear(linear, a, b, lora.alpha / math.sqrt(lora.rank), lora.dropout).train()
 
