@@ -47,7 +47,7 @@ CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 
 
 def textbook(model: Any, recipe: Recipe) -> None:
-    """Textbook LoRA on separate q, k, v of every block, in place, from the A that `fastlora.patch` draws; the rest is frozen."""
+    """Textbook LoRA on separate q, k, v of every block, in place, from the A that `fastlora.patch` draws; all else is frozen."""
     lora = recipe.lora
     fastlora.patch(model, lora)
     every = [block for tower in blocks(model).values() for block in tower]
@@ -118,10 +118,10 @@ def host_accuracy(model: Any, exam: Exam, normalise: Normalise) -> float:
 
 
 def plan(root: Path | None, seeds: int) -> Iterator[tuple[str, int, str]]:
-    """What is to be run: set, seed, way."""
-    for name in SETS if root else ("digits",):
-        for seed in range(1, seeds + 1):
-            yield from ((name, seed, way) for way in WAYS)
+    """What is to be run: set, seed, way; those that compile last."""
+    for way in WAYS:
+        for name in SETS if root else ("digits",):
+            yield from ((name, seed, way) for seed in range(1, seeds + 1))
 
 
 def table() -> str:
