@@ -47,7 +47,7 @@ CPU, QUIET = torch.device("cpu"), Console(quiet=True)
 
 
 def textbook(model: Any, recipe: Recipe) -> None:
-    """Textbook LoRA on separate q, k, v of every block, in place, from the A that `fastlora.patch` draws; all else is frozen."""
+    """Textbook LoRA on separate q, k, v of every block, in place, from the A that `fastlora.patch` draws; the rest frozen."""
     lora = recipe.lora
     fastlora.patch(model, lora)
     every = [block for tower in blocks(model).values() for block in tower]
