@@ -82,3 +82,5 @@ def test_steps_aside() -> None:
     assert not mlp.serves(host(nn.GELU("tanh")), x) and not mlp.serves(host(nn.ReLU()), x)
     layers.c_fc.requires_grad_(True)
     assert not mlp.serves(layers, x)
+    with torch.no_grad():  # the same bits whether or not it is trained elsewhere
+        assert mlp.serves(layers, x)

@@ -22,9 +22,11 @@ _CHUNK = 2**24
 
 
 def serves(mlp: Any, x: Tensor) -> bool:
-    """Whether `frozen_mlp` computes this MLP of plain linears: float32 on a CPU, GELU or QuickGELU, nothing trained."""
+    """Whether `frozen_mlp` computes this MLP of plain linears: float32 on a CPU, GELU or QuickGELU, nothing trained here."""
     activation = type(mlp.gelu).__name__ == "QuickGELU" or (type(mlp.gelu) is nn.GELU and mlp.gelu.approximate == "none")
-    trained = any(p.requires_grad for layer in (mlp.c_fc, mlp.c_proj) for p in (layer.weight, layer.bias))
+    trained = torch.is_grad_enabled() and any(
+        p.requires_grad for layer in (mlp.c_fc, mlp.c_proj) for p in (layer.weight, layer.bias)
+    )
     ours = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
     return activation and not trained and ours
 
