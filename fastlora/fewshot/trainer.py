@@ -15,17 +15,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .. import checkpoint as adapters
 from ..patch import patch
-from . import datasets, memory, models, report, summary
+from . import datasets, memory, models, summary
 from .crops import Normalise
 from .devices import choose_device, choose_dtype
 from .distributed import Ranks
-from .engines import ENGINES
 from .errors import UserError
 from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
+from .finish import finish, save
 from .halves import base_and_new
-from .images import IMAGES, EvalImages
+from .images import EvalImages
+from .job import NEW, TEST, Job
 from .loop import Loop, load_checkpoint
 from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
@@ -33,69 +33,14 @@ from .objective import ZeroShotTerm, frozen_twin
 from .prepare import Prepared, names, prepare
 from .recipe import Recipe, one_or_all, prompts_for
 from .result import Result
-from .runfolder import RunFolder, atomic, identity, write_json
+from .runfolder import RunFolder, identity, write_json
 from .shared import Shared
 from .signals import Signals
 
-__all__ = ["NEW", "TEST", "Job", "run"]
+__all__ = ["Job", "run"]
 
-# What the tests of a run are called beside the names of other data sets.
-TEST, NEW = "test", "new classes"
 # Methods that see frozen features alone: Frozen -> predictions and what was chosen.
 FITTED = {"linear-probe": probe.fit, "tip-adapter-f": tip_adapter.fit}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What to run and where; none of it changes the result but `recipe` and `data` (and the device, by rounding).
-
-    Args:
-        recipe: everything that decides the outcome.
-        data: what `datasets.load` takes, or a Dataset (`datasets.from_torch` makes one), which is called by its name.
-        root: where known sets are looked for.
-        out: the folder of the run.
-        device: "auto", "cpu", "cuda", "cuda:1", …
-        resume: go on with the run in `out`.
-        checkpoint_seconds, checkpoint_steps: a checkpoint this often, whichever comes first.
-        again: the command that resumes the run.
-        engine: how steps are carried out, one of engines.ENGINES.
-        images: where training images are, one of images.IMAGES.
-        brief: leave no report.html, no TensorBoard log and no fully trained model behind.
-        also: other data sets, as `datasets.load` takes them, to test before and after: what does the model forget?
-
-    Raises:
-        ValueError: an unknown engine, or place for images.
-    """
-
-    recipe: Recipe
-    data: str | datasets.Dataset
-    out: Path
-    root: Path = Path("data")
-    device: str = "auto"
-    resume: bool = False
-    checkpoint_seconds: float = 60.0
-    checkpoint_steps: int | None = None
-    again: str = "the same call with resume=True"
-    engine: str = "auto"
-    images: str = "auto"
-    brief: bool = False
-    also: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if isinstance(self.data, datasets.Dataset) and self.recipe.reading != datasets.Reading():
-            raise UserError(f"data set {self.data.name} is read already: leave the recipe's reading as it is")
-        if self.also and not self.recipe.names_any_class:
-            raise UserError(f"--also: {self.recipe.method} tells only the classes it was trained on: leave --also out")
-        if twice := next((data for i, data in enumerate(self.also) if data in (self.called, *self.also[:i])), None):
-            raise UserError(f"--also {twice} is tested anyway: name other data sets, each once")
-        for name, value, known in (("engine", self.engine, ENGINES), ("images", self.images, IMAGES)):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
-
-    @property
-    def called(self) -> str:
-        """What config.json calls the data."""
-        return self.data if isinstance(self.data, str) else self.data.name
 
 
 def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, Any]:
@@ -204,7 +149,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             begun = time.monotonic()
             after = {sat.name: evaluate(loaded.model, sat, normalise, dtype, console, f"testing: {sat.name}") for sat in exams}
             timings["test"] = time.monotonic() - begun
-            _save(loaded.model, context, folder, job)
+            save(loaded.model, context, folder, job)
         elif recipe.uses_frozen_features:
             features = partial(image_features, loaded.model, data.test, normalise, dtype, console, "features")
             test = shared.once(whole, ("test features", *frozen, data.test), features)
@@ -212,7 +157,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             fitted, details = FITTED[recipe.method](given)
             after = {TEST: fitted}
             timings[recipe.method.replace("-", " ")] = time.monotonic() - begun
-        return _finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
+        return finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
 
 
 def _restored(zero_shot: dict[str, Any], exams: list[Exam]) -> dict[str, Result]:
@@ -297,71 +242,6 @@ def _frozen(loaded: models.LoadedModel, data: Prepared, tokens: Tensor, test: tu
     scale = float(loaded.model.logit_scale.detach().exp())
     shots = data.shots
     return Frozen(data.dataset.classes, centre(shots.train), centre(shots.val), test, text, scale, crops, recipe.seed)
-
-
-def _save(model: torch.nn.Module, context: coop.ContextEmbedding | None, folder: RunFolder, job: Job) -> None:
-    """Write what was trained."""
-    if job.recipe.method == "lora":
-        adapters.save(model, folder.adapter)
-    elif context is not None:
-        with atomic(folder.context) as temporary:
-            coop.save(context, temporary)
-    elif not job.brief:
-        _save_model(model, folder)
-
-
-def _save_model(model: torch.nn.Module, folder: RunFolder) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic(folder.model) as temporary:
-        save_file(tensors, temporary)
-
-
-def _finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, Result], all_after: dict[str, Result],
-            loop: Loop | None, details: dict[str, Any], timings: dict[str, float], device: torch.device,
-            dtype: torch.dtype | None, console: Console) -> dict[str, Any]:  # fmt: skip
-    """Write everything but the adapter; metrics.json last, because it marks the run as finished."""
-    recipe = job.recipe
-    before, after = all_before[TEST], all_after[TEST]
-    metrics = {"method": recipe.method, "train_images": len(data.shots.train), **summary.measures(before, after)}
-    metrics["resolved"] = {
-        "iterations": recipe.steps, "lr": recipe.learning_rate, "template": one_or_all(data.templates), "flip": data.flip
-    }  # fmt: skip
-    if recipe.base_to_new:
-        metrics["base_to_new"] = summary.base_to_new((before, after), (all_before[NEW], all_after[NEW]))
-    if job.also:
-        metrics["also"] = [summary.other(name, all_before[name], all_after[name]) for name in job.also]
-    if loop is not None:
-        metrics["training"] = {
-            "steps": loop.step,
-            "seconds": round(loop.seconds, 3),
-            "engine": loop.engine,
-            "steps_per_second": loop.step / max(loop.seconds, 1e-9),
-            "final_loss": float(loop.history[-1, 0]),
-            "trainable_parameters": details.pop("trainable_parameters"),
-        }
-        with atomic(folder.history) as temporary:
-            summary.write_history(temporary, loop.history, recipe)
-    metrics |= details
-    metrics["memory"] = memory.peak(device)
-    metrics["timings"] = {name: round(seconds, 3) for name, seconds in timings.items()}
-    metrics["notes"] = data.notes()
-    metrics["environment"] = summary.environment(device, dtype)
-    tested = [item.name for item in data.test.items]
-    with atomic(folder.predictions) as temporary:
-        after.write_csv(temporary, tested)
-    if not job.brief:
-        config = json.loads(folder.config.read_text(encoding="utf-8"))
-        with atomic(folder.report) as temporary:
-            history = None if loop is None else loop.history
-            report.write(temporary, config, metrics, before, after, data.test.items, history)
-    write_json(folder.metrics, metrics)
-    folder.checkpoint.unlink(missing_ok=True)
-    summary.print_result(metrics, console)
-    if not job.brief:
-        console.print(f"report: {folder.report.resolve()}", soft_wrap=True, highlight=False)
-    return metrics
 
 
 def _read_metrics(folder: RunFolder) -> dict[str, Any]:
