@@ -125,7 +125,7 @@ SCALES: dict[str, list[Job]] = {
     "batch": [Job("mini", classes=10, batch=n) for n in (8, 32, 128)],
     "rank": [Job("mini", classes=10, rank=n) for n in (2, 8, 32, 64)],
     "depth": [Job("mini", classes=10, depth=n) for n in (2, 4, 8, 12)],
-    "width": [Job("mini", classes=10, width=n) for n in (64, 128, 256, 512)],
+    "width": [Job("mini", classes=10, width=n) for n in (64, 128, 256)],
 }
 
 
