@@ -125,6 +125,15 @@ def test_a_worker_that_is_killed_is_an_error_not_a_hang(items: list[Item]) -> No
     streamed.close()
 
 
+def test_no_lock_stays_with_a_worker_that_is_killed(items: list[Item]) -> None:
+    """Workers ask all the time whether they are to end: torch's own event takes a lock for that, for ever if killed."""
+    streamed = stream(items)
+    streamed.begin(Draws(DRAWS, streamed.sizes, True), 0, 10)
+    event = streamed._batches._workers_done_event  # type: ignore[union-attr]
+    assert not event.is_set() and not hasattr(event, "_cond")
+    streamed.close()
+
+
 def test_workers_leave_signals_to_their_parent(items: list[Item]) -> None:
     streamed = stream(items)
     draws = Draws(DRAWS, streamed.sizes, True)

@@ -6,7 +6,10 @@ number of a step and knows its draw, as everybody does; what it hands over equal
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import dataclasses
+import multiprocessing
 import os
 import signal
 import warnings
@@ -90,7 +93,7 @@ class Stream(Store):
         work = _Steps(self._items, self._max_side, draws, None if self._cut_here else self._size, self._room)
         loader: DataLoader[Any] = DataLoader(
             work, sampler=range(first, last), batch_size=None, num_workers=self.workers, prefetch_factor=PREFETCH,
-            pin_memory=self._device.type == "cuda", worker_init_fn=_deaf,
+            pin_memory=self._device.type == "cuda", worker_init_fn=_deaf, multiprocessing_context=_context(),
         )  # fmt: skip
         with warnings.catch_warnings():
             # workers start by fork, from a process with threads: they use one thread and nothing of the parent's CUDA
@@ -118,6 +121,30 @@ class Stream(Store):
     def close(self) -> None:
         """End the workers."""
         self._batches = None  # the loader's iterator ends its workers when it goes
+
+
+class _Flag:
+    """An event that is only asked and set: no lock, which a worker that is killed while it asks would keep for ever."""
+
+    def __init__(self) -> None:
+        self._value = multiprocessing.RawValue(ctypes.c_bool, False)
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        """Set it, for all processes."""
+        self._value.value = True
+
+
+def _context() -> Any:
+    """How workers start; None, torch's own way, where there is no fork."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return None
+    context = copy.copy(multiprocessing.get_context("fork"))
+    context.Event = _Flag  # type: ignore[method-assign,assignment]
+    return context
 
 
 def _deaf(worker: int) -> None:
