@@ -163,7 +163,7 @@ class Trainee:
     def __init__(self, job: Job, adapters: Adapters) -> None:
         self.job = job
         self.model = host(job).requires_grad_(False)
-        self.tokenize = open_clip.get_tokenizer("ViT-B-32-quickgelu" if job.model == "mini" else job.model)
+        self.tokenize = open_clip.get_tokenizer("ViT-B-32" if job.model == "mini" else job.model)
         self.install(adapters)
         if self.cast_once:
             cast(self.model, self.compute_dtype)

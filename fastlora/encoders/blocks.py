@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import LoRALinear, LoRAMultiheadAttention
 from ..products import frozen_linear
 from .attention import attend, attend_pooled
-from .mlp import QUICK, frozen_mlp, serves
+from .mlp import QUICK, frozen_mlp, is_quick, serves
 from .packing import Sequences
 
 __all__ = ["Step", "run_block"]
@@ -90,7 +90,7 @@ def _rest(block: Any, x: Tensor, attended: Tensor, step: Step) -> Tensor:
     if plain and x.dtype == normed.dtype and serves(block.mlp, x):
         return frozen_mlp(block.mlp, x, normed)
     # QuickGELU(u) = silu(1.702 u) / 1.702: silu is one kernel that keeps its input alone, the factors go into the products
-    quick = type(block.mlp.gelu).__name__ == "QuickGELU"
+    quick = is_quick(block.mlp)
     with _recomputed(normed, block.ln_2, x, step):
         hidden = _linear(block.mlp.c_fc, normed, step, QUICK if quick else 1.0)
     hidden = F.silu(hidden) if quick else block.mlp.gelu(hidden)

@@ -1,6 +1,6 @@
 """x + c_proj(act(c_fc(normed))) of a frozen MLP on a CPU: some rows at a time, so that what lies between the products stays in
-the cache. Backward keeps c_fc's output and nothing else; in the usual chain of operations torch writes and reads five tensors
-of that size more, each on fresh pages.
+the cache. Backward keeps c_fc's output and nothing else; the usual chain of operations writes and reads several tensors of that
+size more, each on fresh pages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..products import linear
 
-__all__ = ["frozen_mlp", "serves"]
+__all__ = ["QUICK", "frozen_mlp", "is_quick", "serves"]
 
 QUICK = 1.702  # QuickGELU(h) = h · sigmoid(1.702 h) = silu(1.702 h) / 1.702
 
@@ -21,9 +21,14 @@ QUICK = 1.702  # QuickGELU(h) = h · sigmoid(1.702 h) = silu(1.702 h) / 1.702
 _CHUNK = 2**24
 
 
+def is_quick(mlp: Any) -> bool:
+    """Whether its activation is QuickGELU: open_clip's and OpenAI's classes are two of one name."""
+    return type(mlp.gelu).__name__ == "QuickGELU"
+
+
 def serves(mlp: Any, x: Tensor) -> bool:
     """Whether `frozen_mlp` computes this MLP of plain linears: float32 on a CPU, GELU or QuickGELU, nothing trained here."""
-    activation = type(mlp.gelu).__name__ == "QuickGELU" or (type(mlp.gelu) is nn.GELU and mlp.gelu.approximate == "none")
+    activation = is_quick(mlp) or (type(mlp.gelu) is nn.GELU and mlp.gelu.approximate == "none")
     trained = torch.is_grad_enabled() and any(
         p.requires_grad for layer in (mlp.c_fc, mlp.c_proj) for p in (layer.weight, layer.bias)
     )
@@ -33,8 +38,8 @@ def serves(mlp: Any, x: Tensor) -> bool:
 
 def frozen_mlp(mlp: Any, x: Tensor, normed: Tensor) -> Tensor:
     """x (M, D) + mlp(normed (M, D)), differentiable in both."""
-    quick = type(mlp.gelu).__name__ == "QuickGELU"
-    return _FrozenMLP.apply(x, normed, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias, quick)
+    weights = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias
+    return _FrozenMLP.apply(x, normed, *weights, is_quick(mlp))
 
 
 class _FrozenMLP(torch.autograd.Function):

@@ -15,8 +15,8 @@ __all__ = ["keep_freed", "peak", "reset_peak"]
 def keep_freed() -> bool:
     """Let this process keep what it frees: a step's large tensors then lie on the pages of the step before.
 
-    glibc gives every tensor of 32 MB and more fresh pages, which the kernel must map and clear: 6 % to 8 % of a step with 1000
-    classes on two cores. The process holds its peak from then on. False where the C library is another.
+    glibc gives every tensor of 32 MB and more fresh pages, which the kernel must map and clear in every step. The process holds
+    its peak from then on. False where the C library is another.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
