@@ -139,10 +139,8 @@ class _Flag:
 
 
 def _context() -> Any:
-    """How workers start; None, torch's own way, where there is no fork."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return None
-    context = copy.copy(multiprocessing.get_context("fork"))
+    """How workers start: as torch's own do, but for the event."""
+    context = copy.copy(multiprocessing.get_context())
     context.Event = _Flag  # type: ignore[method-assign,assignment]
     return context
 
