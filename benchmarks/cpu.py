@@ -116,9 +116,9 @@ def ops(context: Context) -> list[Row]:
         for contestant in (c for c in CONTESTANTS if c.missing(case) is None):
             red = [line for ok, line in op_gate(contestant, case) if not ok]
             right += [] if red else [contestant]
-            if red:  # a red gate gives no number, and the row says why
+            if red:
                 print(f"{case.name}: {contestant.name} is not timed: {red}", flush=True)
-                rows.append({"row": "gate", "case": case.name, "contestant": contestant.name, "ok": False, "why": red})
+                rows.append({"row": "op", "case": case.name, "contestant": contestant.name, "refused": red})
         rows += op_rows(case, right, 1 if context.tiny else 5, context.limits)
     return rows
 
@@ -128,7 +128,7 @@ SCALES: dict[str, list[Job]] = {
     "batch": [Job("mini", classes=10, batch=n) for n in (8, 32, 128)],
     "rank": [Job("mini", classes=10, rank=n) for n in (2, 8, 32, 64)],
     "depth": [Job("mini", classes=10, depth=n) for n in (2, 4, 8, 12)],
-    "width": [Job("mini", classes=10, width=n) for n in (64, 128, 256)],
+    "width": [Job("mini", classes=10, width=n) for n in (64, 128, 256, 512)],
 }
 
 

@@ -67,6 +67,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "machine": _cpu(tables.machine),
     "targets": _cpu(targets),
     "layers": _cpu(tables.ops),
+    "not timed": _cpu(tables.not_timed),
     "savings": _cpu(tables.savings),
     "memory": _cpu(tables.memory),
     "scaling": _cpu(tables.scaling),

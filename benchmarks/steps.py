@@ -101,22 +101,30 @@ def side_by_side(
 ) -> list[dict[str, Any]]:
     """One row a contestant, the floor's first: `rounds` steps each, in turn, twice as many of those that skip padding.
 
+    One that the gate refuses is not timed; its row says why.
+
     count: those whose FLOPs and saved bytes are counted too, which takes a step more.
     gated: whether the contestants have passed the gate already.
     """
     memory.keep_freed()  # as `fastlora train` does; all contestants gain
-    contestants = {name: ready(TRAINEES[name], job) if gated else checked(name, job) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    contestants: dict[str, Trainee] = {}
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            contestants[name] = ready(TRAINEES[name], job) if gated else checked(name, job)
+        except AssertionError as error:
+            print(f"{job.name}: {error}", flush=True)
+            rows.append({"row": "step", **job.row(), "contestant": name, "refused": str(error)})
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         warm_up(contestant)
     for number in range(1, rounds + 1):
         # the shortest ones again after the longest, so that both stand for the same minutes
-        for name in [*names, *(name for name in names if TRAINEES[name].packs)]:
+        for name in [*contestants, *(name for name in contestants if TRAINEES[name].packs)]:
             contestant = contestants[name]
             timed = seconds_in_chunks if in_chunks(type(contestant), job) else seconds_whole
             times[name].append(timed(contestant, number))
             print(f"{job.name}: {name} {times[name][-1]:.3f} s", flush=True)
-    rows = []
     for name, contestant in contestants.items():
         chunks = in_chunks(type(contestant), job)
         timing = summary(times[name], "chunks" if chunks else "clock")

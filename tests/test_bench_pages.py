@@ -76,6 +76,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_what_has_no_time_is_told_apart_with_its_reason(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    untimed = [
+        {"row": "op", "case": "qkv", "contestant": "PEFT", "refused": ["da: got 2, allowed 1", "db: got 3"]},
+        {"row": "step", "case": "mini", "contestant": "textbook", "engine": "graph", "failed": "RuntimeError()"},
+        {"row": "gemm", "product": "x Wᵀ", "contestant": "triton", "skipped": "no Triton"},
+    ]
+    file.write_text("\n".join(map(json.dumps, [ENV, LIMITS, step("fastlora", 10, 2000.0, 1), *untimed])))
+    made = {table.title.split(":")[0]: table for table in tables.everything(read(file))}
+    assert [cells[0] for cells in made["One training step"].cells] == ["fastlora"]
+    assert "da: got 2, allowed 1; db: got 3" in made["Not timed"].markdown()
+    assert len(made["Not timed"].cells) == 3
+
+
 def test_tables_say_what_the_rows_say(folder: Path) -> None:
     rows = read(folder)
     table = tables.steps([row for row in rows if row.get("classes") == 100], one=True)

@@ -104,6 +104,18 @@ def test_engines_are_held_against_a_plain_loop(tmp_path: Path, monkeypatch: pyte
     assert "| digits | eager |" in engines.table()
 
 
+def test_a_contestant_that_the_gate_refuses_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(name: str, job: Job) -> Any:
+        assert name != "textbook", "textbook is wrong, so it is not timed"
+        return ready(TRAINEES[name], job)
+
+    monkeypatch.setattr(steps, "checked", checked)
+    job = Job("mini", batch=2, classes=3, depth=2, width=64)
+    rows = steps.side_by_side(job, ["frozen", "textbook", "fastlora"], 1, Ceilings("cpu", "float32", 1e11, 1e10))
+    assert {row["contestant"]: "median_ms" in row for row in rows} == {"textbook": False, "frozen": True, "fastlora": True}
+    assert "textbook is wrong" in next(row["refused"] for row in rows if row["contestant"] == "textbook")
+
+
 def test_a_step_in_chunks_is_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is counted: the image tower and the rest once, the chunk as often as the step has chunks."""
     clock = iter([0.0, 1.0, 3.0, 3.5])

@@ -17,6 +17,7 @@ __all__ = [
     "OURS",
     "PAPER",
     "PREFIX",
+    "WHY_NOT",
     "Row",
     "fit",
     "latest",
@@ -32,9 +33,14 @@ Row = dict[str, Any]
 FLOOR, OURS, PREFIX, PAPER = "frozen", "fastlora", "fastlora, share_prefix", "the paper's arithmetic"
 MODEL = "ViT-B-32-quickgelu"  # the one that targets and README speak of: OpenAI's ViT-B/32, as the paper's code loads it
 
+# What a row has instead of a time: its contestant was wrong, cannot run there, or failed.
+WHY_NOT = frozenset(("refused", "skipped", "failed"))
+
 
 def read(path: Path) -> list[Row]:
     """The rows of a .jsonl file, or of all below a folder, each with its file's header under "env" and ceilings under "limits".
+
+    Rows without a time are of the kind "not timed", whatever was to be timed.
 
     Raises:
         UserError: nothing there, or a line that is no row.
@@ -64,6 +70,8 @@ def _read(file: Path) -> list[Row]:
         elif kind == "ceilings":
             limits = row
         elif kind is not None:
+            if not WHY_NOT.isdisjoint(row):
+                row["row"] = "not timed"
             rows.append(row | {"env": env, "limits": limits, "file": file.name})
     return rows
 

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from .rows import MODEL, OURS, PAPER, PREFIX, Row, fit, latest, median, over, pick, spread
+from .rows import MODEL, OURS, PAPER, PREFIX, WHY_NOT, Row, fit, latest, median, over, pick, spread
 from .table import NONE, Table, percent, ratio, seconds, size
 from .targets import targets
 
-__all__ = ["agreement", "everything", "machine", "memory", "ops", "overview", "savings", "scaling", "steps"]
+__all__ = ["agreement", "everything", "machine", "memory", "not_timed", "ops", "overview", "savings", "scaling", "steps"]
 
 CHUNKS = " ᶜ"  # timed in chunks of classes
 
@@ -142,6 +142,16 @@ def savings(rows: list[Row]) -> Table | None:
     return Table("What each saving is worth", heads, cells) if cells else None
 
 
+def not_timed(rows: list[Row]) -> Table | None:
+    """What has no time, and why: refused by the gate, skipped or failed."""
+    cells = []
+    for row in pick(rows, row="not timed"):
+        how = next(how for how in sorted(WHY_NOT) if how in row)
+        why = row[how] if isinstance(row[how], str) else "; ".join(row[how])
+        cells.append((row.get("case", row.get("product", "")), row["contestant"], f"{how}: {why}"))
+    return Table("Not timed", ("what", "method", "why"), list(dict.fromkeys(cells)), text=3) if cells else None
+
+
 def memory(rows: list[Row]) -> Table | None:
     """Peak memory of a step in a fresh process."""
     found = [row for row in rows if "peak_bytes" in row]
@@ -229,5 +239,5 @@ def _each_case(make: Callable[..., Table | None], rows: list[Row], kind: str) ->
 def everything(rows: list[Row]) -> list[Table]:
     """All tables that the rows have something for."""
     made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), savings(rows), memory(rows)]
-    made += [*_each_case(ops, rows, "op"), scaling(rows), agreement(rows)]
+    made += [*_each_case(ops, rows, "op"), scaling(rows), agreement(rows), not_timed(rows)]
     return [table for table in made if table is not None]
