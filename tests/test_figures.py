@@ -46,6 +46,25 @@ def test_pictures_are_those_of_the_rows(name: str, tmp_path: Path) -> None:
         assert f"({drawn.name})" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
+def test_the_grid_was_killed_and_repeated_as_the_page_says() -> None:
+    """The rows before the kill stayed; what was run once more elsewhere differs in times and memory alone."""
+    results = ROOT / "benchmarks" / "results"
+    whole, killed, again = (
+        {row["run"]: row for row in read_rows(results / name)}
+        for name in ("sweep_grid_mini.jsonl", "grid_mini_at_kill.jsonl", "grid_mini_repeated.jsonl")
+    )
+    assert len(whole) == 99 and killed == {run: whole[run] for run in killed}
+    measured = {"seconds", "train_seconds", "steps_per_second", "memory"}
+    for run, row in again.items():
+        assert {key for key in row if row[key] != whole[run].get(key)} <= measured, run
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    counts = (
+        f"with {len(killed)} runs done",
+        f"{len(again)} of the runs, {len(again.keys() - killed)} of them made after the kill",
+    )
+    assert all(count in page for count in counts)
+
+
 def test_mini_clips_card_has_the_figures_of_its_log() -> None:
     folder = ROOT / "fastlora" / "mini"
     rows = [json.loads(line) for line in (folder / "pretrain.jsonl").read_text().splitlines()]

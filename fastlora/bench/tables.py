@@ -144,7 +144,7 @@ def savings(rows: list[Row]) -> Table | None:
 
 def not_timed(rows: list[Row]) -> Table | None:
     """What has no time, and why: refused by the gate, skipped or failed."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in pick(rows, row="not timed"):
         how = next(how for how in sorted(WHY_NOT) if how in row)
         why = row[how] if isinstance(row[how], str) else "; ".join(row[how])
