@@ -148,7 +148,8 @@ def not_timed(rows: list[Row]) -> Table | None:
     for row in pick(rows, row="not timed"):
         how = next(how for how in sorted(WHY_NOT) if how in row)
         why = row[how] if isinstance(row[how], str) else "; ".join(row[how])
-        cells.append((row.get("case", row.get("product", "")), row["contestant"], f"{how}: {why}"))
+        what = str(row["case"] if "case" in row else row["product"])
+        cells.append((what, str(row["contestant"]), f"{how}: {why}"))
     return Table("Not timed", ("what", "method", "why"), list(dict.fromkeys(cells)), text=3) if cells else None
 
 
