@@ -77,6 +77,25 @@ def test_demo_from_end_to_end(tiny_mini: None, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["compare"] == metrics["compare"]
 
 
+def test_a_demo_that_was_stopped_is_begun_anew(tiny_mini: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(job: Any, console: Console) -> None:
+        (job.out / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(demo, "train", stopped)
+        demo.run(tmp_path / "demo", 5, 1, Console(quiet=True))
+    assert demo.run(tmp_path / "demo", 2, 1, Console(quiet=True))["test_images"] == 899
+
+
+def test_demo_never_takes_a_folder_that_holds_something_for_its_own(tiny_mini: None, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_text("mine")
+    demo.run(tmp_path, 2, 1, Console(quiet=True))
+    with pytest.raises(UserError, match="another run"):
+        demo.run(tmp_path, 2, 1, Console(quiet=True))
+    assert (tmp_path / "photo.jpg").read_text() == "mine"
+
+
 def test_demo_never_replaces_another_run(tiny_mini: None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="another run"):

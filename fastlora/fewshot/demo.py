@@ -40,7 +40,8 @@ def run(out: Path, iterations: int, seed: int, console: Console) -> dict[str, An
     """
     begun = time.monotonic()
     folder = RunFolder(out)
-    if folder.config.is_file() and (folder.path / "demo.json").is_file():
+    marker = folder.path / "demo.json"
+    if marker.is_file():
         shutil.rmtree(out)
     try:
         recipe = Recipe(
@@ -54,8 +55,11 @@ def run(out: Path, iterations: int, seed: int, console: Console) -> dict[str, An
         f" of 2e-4 and crops of at least {CROP_SCALE[0]:.0%} of an image instead of 8%.",
         highlight=False,
     )
+    folder.check({}, resume=False)
+    if not out.exists() or not any(out.iterdir()):
+        folder.create()
+        write_json(marker, {"iterations": iterations})  # first, so that a demo that was stopped is replaced as well
     metrics = train(Job(recipe, "digits", out, device="cpu", again="fastlora demo, from the start"), console)
-    write_json(folder.path / "demo.json", {"iterations": iterations})
 
     costs = measure(recipe, console)
     metrics["compare"] = [vars(cost) for cost in costs]
