@@ -18,6 +18,7 @@ from pathlib import Path
 
 import engines
 import options_table
+import soak
 import sweeps
 from fastlora.bench import plots, tables
 from fastlora.bench.page import svg
@@ -64,6 +65,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **{name: partial(_sweep, name) for name in sweeps.SWEEPS},
     "options table": lambda page: options_table.table(options_table.rows_so_far()),
     "engines table": lambda page: engines.table(),
+    "soak": lambda page: soak.text(),
     "machine": _cpu(tables.machine),
     "targets": _cpu(targets),
     "layers": _cpu(tables.ops),

@@ -33,9 +33,10 @@ from fastlora.fewshot.loop import Loop
 from fastlora.fewshot.prepare import prepare
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.shared import Shared
-from machine import RESULTS, Rows, environment
+from machine import RESULTS, Rows, environment, read_rows
 
 RECIPE: dict[str, Any] = {"model": "mini", "pretrained": None, "lr": 1e-3, "crop_scale": (0.5, 1.0), "seed": 1}
+OUT = RESULTS / "soak.jsonl"
 CHECKPOINT_STEPS = 50
 SAMPLE_SECONDS = 0.5
 
@@ -151,6 +152,23 @@ def engines(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def text() -> str:
+    """What the committed rows say, in a few lines of Markdown."""
+    if not OUT.exists():
+        return "Not yet measured."
+    memory, broken, engine = read_rows(OUT)[1:]
+    signals = ", ".join(kill["signal"] for kill in broken["kills"])
+    same = "bit for bit the same" if all(broken["same_bits"].values()) else f"not the same: {broken['same_bits']}"
+    return (
+        f"* {memory['steps']} steps, batch {memory['batch_size']}: the process held {memory['rss_mib'][0]:.0f} MiB at the first"
+        f" checkpoint and {memory['rss_mib'][-1]:.0f} MiB at the end.\n"
+        f"* The same run stopped {len(broken['kills'])} times at random moments ({signals}) and resumed: losses, adapter and"
+        f" predictions are {same}.\n"
+        f"* {engine['steps']} steps by the eager engine and by {engine['other']}: losses differ by at most"
+        f" {engine['largest_loss_difference']:.1g}."
+    )
+
+
 def main() -> None:
     """Run the soak and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,7 +177,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1, help="of the moments of the kills")
-    parser.add_argument("--out", type=Path, default=RESULTS / "soak.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     rows = Rows(args.out, environment(torch.device("cpu")))
     common = {"steps": args.steps, "batch_size": args.batch_size}
