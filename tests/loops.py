@@ -11,6 +11,7 @@ from torch import Tensor
 import fastlora
 from fastlora.fewshot.crops import Normalise
 from fastlora.fewshot.loop import Loop
+from fastlora.fewshot.objective import ZeroShotTerm
 from fastlora.fewshot.placement import TrainingSet
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.store import OnCPU, OnDevice, Store
@@ -47,17 +48,19 @@ def tokens(device: torch.device = CPU) -> Tensor:
 
 
 def loop(device: torch.device = CPU, *, on_device: bool = True, fill: bool = False, engine: str = "eager",
-         dtype: torch.dtype | None = None, dropout: float = 0.25, **changes: Any) -> Loop:  # fmt: skip
-    """A loop over `pictures`. `fill`: repeat images of short batches whatever the engine."""
+         dtype: torch.dtype | None = None, dropout: float = 0.25, model: Any = None,
+         lora: dict[str, Any] | None = None, term: ZeroShotTerm | None = None, **changes: Any) -> Loop:  # fmt: skip
+    """A loop over `pictures`. `fill`: repeat images of short batches whatever the engine; `lora`: options of the adapters."""
     values = {"iterations": STEPS, "batch_size": BATCH, "lr": 1e-2, "seed": 3, **changes}
-    model = tiny().to(device)
+    model = (model or tiny()).to(device)
     torch.manual_seed(5)
     if values.get("method", "lora") == "lora":
-        fastlora.patch(model, rank=4, dropout=dropout)
+        fastlora.patch(model, rank=4, dropout=dropout, **(lora or {}))
     else:
         model.logit_scale.requires_grad_(False)
     store = OnDevice(pictures(), 32, device) if on_device else OnCPU(pictures(), 32)
-    made = Loop(model, Recipe(model="mini", **values), training_set(store, device), tokens(device), dtype, engine=engine)
+    recipe, data = Recipe(model="mini", **values), training_set(store, device)
+    made = Loop(model, recipe, data, tokens(device), dtype, term=term, engine=engine)
     made.draws = dataclasses.replace(made.draws, fill=fill or made.draws.fill)
     return made
 

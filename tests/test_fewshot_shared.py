@@ -19,6 +19,7 @@ from fastlora.fewshot.trainer import Job
 from pictures import make_folder, tiny_clip
 
 QUIET = Console(quiet=True)
+CHANGES = ({"method": "lora"}, {"method": "full"}, {"lr": 1e30}, {"precision": "bf16"}, {"precision": "bf16", "lr": 1e30})
 METHODS = ("lora", "full", "lora", "linear-probe")
 
 
@@ -72,7 +73,7 @@ def test_the_model_comes_back_as_it_was(model: str, folder: Path, tmp_path: Path
     with shared.model(model, None, torch.device("cpu"), False) as loaded:
         host = loaded.model
     before = state(host), {name: tensor.clone() for name, tensor in host.state_dict().items()}
-    for number, changes in enumerate(({"method": "lora"}, {"method": "full"}, {"lr": 1e30})):
+    for number, changes in enumerate(CHANGES):
         if "lr" in changes:
             with pytest.raises(UserError, match="not a number"):  # a run that fails on the way gives it back too
                 run(model, folder, tmp_path / str(number), shared, **changes)

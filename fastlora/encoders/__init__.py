@@ -5,13 +5,26 @@
     frozen      what lies below the lowest adapter is computed once (text) or leaves nothing behind (images)
     prefix      share_prefix=True: the first tokens that all prompts have in common are computed once
 
+    cast once   under autocast frozen weights are cast once (frozen_in), not at every step
+
 One seed is drawn per forward pass and handed to every layer; with the identity of each row it keys the dropout masks, so
 that packing, order and sharding do not change them.
 """
 
 from .image import ImageEncoder, encode_image
-from .precision import cast
+from .precision import cast, cast_anew, frozen_in
 from .text import TextEncoder, common_prefix, encode_text
 from .towers import Plan, plan
 
-__all__ = ["ImageEncoder", "Plan", "TextEncoder", "cast", "common_prefix", "encode_image", "encode_text", "plan"]
+__all__ = [
+    "ImageEncoder",
+    "Plan",
+    "TextEncoder",
+    "cast",
+    "cast_anew",
+    "common_prefix",
+    "encode_image",
+    "encode_text",
+    "frozen_in",
+    "plan",
+]

@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from ..encoders import cast_anew, frozen_in
 from .batches import Draws, Feed, Inputs
 from .distributed import ALONE, Ranks
 from .engines import Engine, TrainStep, build, choose
@@ -73,11 +75,15 @@ class Loop:
         self.engine, why = choose(engine, model, self.device, ranks)
         if why:
             say(f"{why}: going on with {self.engine}")
+        if dtype is not None and recipe.method != "full":
+            for line in cast_anew(model):
+                say(line)
         self.draws = Draws(recipe, data.store.sizes, data.flip, ranks, fill=self.engine != "eager")
         self._feed = Feed(self.draws.largest, data.store.shape, self.device)
         optimizer = adamw(model, recipe, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         objective = Objective(model, tokens, dtype, ranks, term, recipe.share_prefix)
+        self._frozen_in = partial(frozen_in, dtype, model, *([] if term is None else [term.model]))
         rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], device=self.device)
         self.average = Average(list(trained_state(model).values()), recipe.average, recipe.steps) if recipe.average else None
         self._step = TrainStep(objective, optimizer, scaler, data, rates, ranks, self.average)
@@ -153,12 +159,14 @@ class Loop:
             UserError: the loss is not a number, an image can no longer be read, a worker that decodes images was killed.
         """
         try:
-            self._train(console, signals, checkpoint, every_seconds, every_steps, extra, log)
+            with self._frozen_in():
+                self._train(console, signals, checkpoint, every_seconds, every_steps, extra, log)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):  # which torch's loader raises wherever the main thread is
                 raise
             raise UserError(f"{' '.join(str(error).split())[:200]}: go on with --resume") from error
         finally:
+            self._run = None  # a captured step reads the cast weights, which are gone
             self.data.store.close()
 
     def _train(self, console: Console, signals: Signals, checkpoint: Path, every_seconds: float, every_steps: int | None,

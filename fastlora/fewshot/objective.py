@@ -72,7 +72,8 @@ class ZeroShotTerm:
 def frozen_twin(model: nn.Module, share: bool) -> nn.Module:
     """A copy of an unpatched `model` that stays as it is now; with `share` it has the same tensors, which must not change."""
     tensors: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
-    return copy.deepcopy(model, tensors).eval()
+    twin = copy.deepcopy(model, tensors).eval()
+    return twin if share else twin.requires_grad_(False)
 
 
 class Objective:
