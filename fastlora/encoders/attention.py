@@ -158,17 +158,25 @@ def _block_mask(runs: tuple[tuple[int, int], ...], first: int, causal: bool, poo
 
 
 class _AttendOnCPU(torch.autograd.Function):
-    """torch's own CPU kernel on each run in place, one gradient buffer for all: no stack, no cat, no zero-filled slices."""
+    """Each run in place, one gradient buffer for all: no stack, no cat, no zero-filled slices.
+
+    Short sequences by plain batched products, which beat a flash kernel there and keep nothing but qkv for backward; long or
+    16-bit ones by torch's own CPU kernel.
+    """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        short = _is_short(qkv, heads, sequences)
         logsumexps = []
         for rows, q, k, v, mask, causal in _runs(qkv, heads, sequences):
-            part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+            if short:
+                part = torch.bmm(_probabilities(q, k, mask, causal), _flat(v)).view_as(q)
+            else:
+                part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+                logsumexps.append(logsumexp)
             _heads(out[rows], part.shape[0], heads, 1)[0].copy_(part)
-            logsumexps.append(logsumexp)
-        ctx.save_for_backward(qkv, out, *logsumexps)
+        ctx.save_for_backward(qkv, None if short else out, *logsumexps)
         ctx.heads, ctx.sequences = heads, sequences
         return out
 
@@ -178,18 +186,50 @@ class _AttendOnCPU(torch.autograd.Function):
         qkv, out, *logsumexps = ctx.saved_tensors
         heads, prefix = ctx.heads, ctx.sequences.prefix
         gradient = torch.empty_like(qkv)
-        runs = _runs(qkv, heads, ctx.sequences)
-        for (rows, q, k, v, mask, causal), logsumexp in zip(runs, logsumexps, strict=True):
-            count = q.shape[0]
-            (dy_run,), (out_run,) = _heads(dy[rows], count, heads, 1), _heads(out[rows], count, heads, 1)
-            dq, dk, dv = _backward(dy_run, q, k, v, out_run, logsumexp, mask, causal)
+        for i, (rows, q, k, v, mask, causal) in enumerate(_runs(qkv, heads, ctx.sequences)):
+            dy_run = _heads(dy[rows], len(q), heads, 1)[0]
+            if out is None:
+                dq, dk, dv = _backward_short(dy_run, q, k, v, mask, causal)
+            else:
+                out_run = _heads(out[rows], len(q), heads, 1)[0]
+                dq, dk, dv = _backward(dy_run, q, k, v, out_run, logsumexps[i], mask, causal)
             if dk.shape[2] > dq.shape[2]:  # what the sequences read of the prefix
                 shared = _heads(gradient[:prefix], 1, heads, 3)[1:]
                 shared += torch.stack([dk[:, :, :prefix].sum(0), dv[:, :, :prefix].sum(0)])[:, None]
                 dk, dv = dk[:, :, prefix:], dv[:, :, prefix:]
-            for target, part in zip(_heads(gradient[rows], count, heads, 3), (dq, dk, dv), strict=True):
+            for target, part in zip(_heads(gradient[rows], len(q), heads, 3), (dq, dk, dv), strict=True):
                 target.copy_(part)
         return gradient, None, None
+
+
+def _is_short(qkv: Tensor, heads: int, sequences: Sequences) -> bool:
+    """Whether a row's probabilities are no more numbers than a head is wide."""
+    exact = qkv.dtype in (torch.float32, torch.float64)
+    return exact and sequences.prefix + sequences.longest <= qkv.shape[1] // (3 * heads)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(count, H, length, d) -> (count · H, length, d)."""
+    return x.flatten(0, 1)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q kᵀ / √d), (count · H, queries, keys)."""
+    if causal:
+        mask = _mask(q.shape[2], None, q)
+    beta, start = (0, q.new_zeros(())) if mask is None else (1, mask)
+    scores = torch.baddbmm(start, _flat(q), _flat(k).mT, beta=beta, alpha=1 / math.sqrt(q.shape[3]))
+    return torch.softmax(scores, -1)
+
+
+def _backward_short(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one run from q, k, v alone."""
+    p, dy = _probabilities(q, k, mask, causal), _flat(dy)
+    dv = torch.bmm(p.mT, dy)
+    ds = torch._softmax_backward_data(torch.bmm(dy, _flat(v).mT), p, -1, p.dtype).mul_(1 / math.sqrt(q.shape[3]))
+    return torch.bmm(ds, _flat(k)).view(q.shape), torch.bmm(ds.mT, _flat(q)).view(k.shape), dv.view(k.shape)
 
 
 def _heads(rows: Tensor, count: int, heads: int, parts: int) -> Tensor:
