@@ -32,6 +32,16 @@ class HostImage(FastLoRA):
 
     image_features = Patched.image_features
 
+    def microbatch(self, count: int) -> int:
+        return count
+
+
+class AllImages(FastLoRA):
+    """All images at once."""
+
+    def microbatch(self, count: int) -> int:
+        return count
+
 
 @contextlib.contextmanager
 def _instead(replacement: Any, *places: tuple[Any, str]) -> Any:
@@ -68,6 +78,7 @@ SAVINGS: dict[str, tuple[type[Patched], Without]] = {
         FastLoRA, lambda: _instead(_all_tokens, (text, "run_block"), (image, "run_block"))
     ),
     "frozen MLPs some rows at a time": (FastLoRA, lambda: _instead(_never, (blocks, "serves"))),
+    "images some at a time": (AllImages, contextlib.nullcontext),
     "oneDNN's products": (FastLoRA, lambda: _instead(_never, (products, "_onednn"))),
     "LayerNorm computed again in backward": (FastLoRA, lambda: _instead(_kept, (blocks, "_recomputed"))),
 }  # fmt: skip

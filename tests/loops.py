@@ -48,7 +48,7 @@ def tokens(device: torch.device = CPU) -> Tensor:
 
 
 def loop(device: torch.device = CPU, *, on_device: bool = True, fill: bool = False, engine: str = "eager",
-         dtype: torch.dtype | None = None, dropout: float = 0.25, model: Any = None,
+         dtype: torch.dtype | None = None, dropout: float = 0.25, microbatch: int | None = None, model: Any = None,
          lora: dict[str, Any] | None = None, term: ZeroShotTerm | None = None, **changes: Any) -> Loop:  # fmt: skip
     """A loop over `pictures`. `fill`: repeat images of short batches whatever the engine; `lora`: options of the adapters."""
     values = {"iterations": STEPS, "batch_size": BATCH, "lr": 1e-2, "seed": 3, **changes}
@@ -60,7 +60,8 @@ def loop(device: torch.device = CPU, *, on_device: bool = True, fill: bool = Fal
         model.logit_scale.requires_grad_(False)
     store = OnDevice(pictures(), 32, device) if on_device else OnCPU(pictures(), 32)
     recipe, data = Recipe(model="mini", **values), training_set(store, device)
-    made = Loop(model, recipe, data, tokens(device), dtype, term=term, engine=engine)
+    how: dict[str, Any] = {"term": term, "engine": engine, "microbatch": microbatch}
+    made = Loop(model, recipe, data, tokens(device), dtype, **how)
     made.draws = dataclasses.replace(made.draws, fill=fill or made.draws.fill)
     return made
 

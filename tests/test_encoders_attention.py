@@ -129,6 +129,7 @@ CASES = {
     "prompts": make(((2, 1), (3, 4), (1, 7)), True, 0, False),
     "shared prefix": make(((2, 1), (3, 4), (1, 7)), True, 3, False),
     "one length, shared prefix": make(((4, 2),), True, 2, False),
+    "more tokens than a head is wide": make(((2, 3), (2, 12)), True, 0, False),
     "readers": make(((2, 2), (1, 6)), True, 0, True),
     "readers, shared prefix": make(((2, 2), (1, 6)), True, 4, True),
 }
@@ -183,6 +184,14 @@ def test_any_sequences_on_the_cpu(runs: list[tuple[int, int]], prefix: int, read
     dy = torch.randn_like(want)
     (one,), (other,) = (torch.autograd.grad(y, qkv, dy) for y in (got, want))
     torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-10)
+
+
+def test_short_sequences_keep_qkv_alone() -> None:
+    qkv = torch.randn(12, 3 * WIDTH, requires_grad=True)
+    for length, kept in ((3, [qkv]), (12, [qkv, "out", "logsumexp"])):  # a head is 8 wide
+        sequences = make(((12 // length, length),), False, 0, False)
+        saved = [t for t in attention.attend(qkv, HEADS, sequences).grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
+        assert len(saved) == len(kept) and saved[0] is qkv
 
 
 def test_odd_heads_go_where_the_kernel_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastlora
-from fastlora.encoders import ImageEncoder, TextEncoder
+from fastlora.encoders import ImageEncoder, TextEncoder, microbatched
 
 from .common import Adapters, Compiled, Trainee, blocks, gather
 
@@ -62,6 +63,23 @@ class FastLoRA(Patched):
         assert (first, last) == (0, None), "all prompts are packed together"
         return self.text()
 
+    def microbatch(self, count: int) -> int:
+        """How many of `count` images are computed at a time."""
+        return self.images.microbatch(count, torch.device(self.job.device))
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        count = len(images)
+        if (size := self.microbatch(count)) >= count:
+            return super().loss(images, labels)
+        seed, ids = torch.randint(2**62, ()), torch.arange(count)
+
+        def part(text: Tensor, rows: slice) -> Tensor:
+            image = F.normalize(self.images(images[rows], seed, ids=ids[rows]), dim=-1)
+            return F.cross_entropy(100.0 * image @ text.T, labels[rows], reduction="sum") / count
+
+        text = F.normalize(self.text_features(), dim=-1)
+        return microbatched(part, count, size, text, self.trained())
+
 
 class SharedPrefix(FastLoRA):
     """The first tokens that all prompts share are computed once; with dropout the prompts share their masks."""
@@ -73,3 +91,6 @@ class CompiledFastLoRA(Compiled, FastLoRA):
     """Both encoders by torch.compile."""
 
     name = "fastlora, compiled"
+
+    def microbatch(self, count: int) -> int:
+        return count

@@ -177,6 +177,14 @@ def train(
             rich_help_panel=RUNNING,
         ),
     ] = "auto",
+    microbatch: Annotated[
+        int | None,
+        typer.Option(
+            help="Images at a time in the image tower: less memory, the same result. 0: all at once.",
+            rich_help_panel=RUNNING,
+            show_default="some on a CPU, all on a GPU",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the stopped run in RUN.", rich_help_panel=RUNNING)
     ] = False,
@@ -216,7 +224,7 @@ def train(
 
     again = shlex.join(["fastlora", *sys.argv[1:], *([] if resume else ["--resume"])])
     often = checkpoint_seconds, checkpoint_steps
-    where = root, device, resume, *often, again, engine, images
+    where = root, device, resume, *often, again, engine, images, microbatch
     job = valid(lambda: trainer.Job(recipe, data, out, *where, also=tuple(also or ())))
     trainer.run(job, console())
 

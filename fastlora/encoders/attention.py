@@ -173,7 +173,8 @@ class _AttendOnCPU(torch.autograd.Function):
             if short:
                 part = torch.bmm(_probabilities(q, k, mask, causal), _flat(v)).view_as(q)
             else:
-                part, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                part, logsumexp = flash(q, k, v, 0.0, causal, attn_mask=mask)
                 logsumexps.append(logsumexp)
             _heads(out[rows], part.shape[0], heads, 1)[0].copy_(part)
         ctx.save_for_backward(qkv, None if short else out, *logsumexps)

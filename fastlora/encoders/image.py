@@ -14,6 +14,9 @@ from .towers import VisionTower, seed_for, vision_tower
 
 __all__ = ["ImageEncoder", "encode_image"]
 
+# Rows of a microbatch on a CPU: products of fewer are slower, more fill the memory.
+_ROWS = 800
+
 
 def encode_image(
     model: Any,
@@ -52,6 +55,16 @@ class ImageEncoder:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._tower = vision_tower(model)
+
+    def microbatch(self, count: int, device: torch.device) -> int:
+        """How many of `count` images are best encoded at a time in training: some on a CPU, all on a GPU.
+
+        All as well where the host's own method runs: its images may depend on each other, as BatchNorm's do.
+        """
+        if device.type != "cpu" or not isinstance(self._tower, VisionTower):
+            return count
+        parts = max(1, round(count * len(self._tower.host.positional_embedding) / _ROWS))
+        return -(-count // parts)
 
     def __call__(
         self, images: Tensor, seed: int | Tensor | None = None, *, normalize: bool = False, ids: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import statistics
@@ -124,21 +125,53 @@ class _Step:
 def kept_for_backward(forward: Callable[[], object], known: Iterable[Tensor]) -> dict[int, int]:
     """Address -> bytes of every storage that autograd keeps of one forward pass, but for those of `known` (parameters).
 
-    What a custom function saves counts too, and so does an input: keeping it is the cost.
+    What a custom function saves counts too, and so does an input: keeping it is the cost. A pass that differentiates parts of
+    itself lets go of what these kept: what counts is the moment when most is kept.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in known}
-    kept: dict[int, Tensor] = {}
+    ledger = _Ledger()
 
-    def pack(tensor: Tensor) -> Tensor:
-        if (where := tensor.untyped_storage().data_ptr()) not in own:
-            kept[where] = tensor  # held until the pass ends, so that no address is used twice
-        return tensor
+    def pack(tensor: Tensor) -> _Kept | Tensor:
+        return tensor if tensor.untyped_storage().data_ptr() in own else _Kept(tensor, ledger)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(packed: _Kept | Tensor) -> Tensor:
+        return packed.tensor if isinstance(packed, _Kept) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result = forward()
-    sizes = {where: tensor.untyped_storage().nbytes() for where, tensor in kept.items()}
     del result
-    return sizes
+    return ledger.most
+
+
+class _Ledger:
+    """The storages that are kept now, and those of the moment when they held most."""
+
+    def __init__(self) -> None:
+        self.now: dict[int, int] = {}
+        self.most: dict[int, int] = {}
+        self.holders: collections.Counter[int] = collections.Counter()
+
+    def take(self, where: int, size: int) -> None:
+        self.holders[where] += 1
+        self.now[where] = size
+        if sum(self.now.values()) > sum(self.most.values()):
+            self.most = dict(self.now)
+
+    def drop(self, where: int) -> None:
+        self.holders[where] -= 1
+        if not self.holders[where]:
+            del self.now[where]
+
+
+class _Kept:
+    """One tensor that autograd keeps; autograd lets go of it by forgetting this object."""
+
+    def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
+        self.tensor, self._ledger, self._where = tensor, ledger, tensor.untyped_storage().data_ptr()
+        ledger.take(self._where, tensor.untyped_storage().nbytes())
+
+    def __del__(self) -> None:
+        self._ledger.drop(self._where)
 
 
 def _synchronise() -> None:

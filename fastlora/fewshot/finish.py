@@ -59,6 +59,7 @@ def finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, Re
             "steps": loop.step,
             "seconds": round(loop.seconds, 3),
             "engine": loop.engine,
+            "microbatch": loop.microbatch,
             "steps_per_second": loop.step / max(loop.seconds, 1e-9),
             "final_loss": float(loop.history[-1, 0]),
             "trainable_parameters": details.pop("trainable_parameters"),

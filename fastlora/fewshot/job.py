@@ -32,11 +32,12 @@ class Job:
         again: the command that resumes the run.
         engine: how steps are carried out, one of engines.ENGINES.
         images: where training images are, one of images.IMAGES.
+        microbatch: images at a time in the image tower, 0 for all; None for what is best on the device.
         brief: leave no report.html, no TensorBoard log and no fully trained model behind.
         also: other data sets, as `datasets.load` takes them, to test before and after: what does the model forget?
 
     Raises:
-        ValueError: an unknown engine, or place for images.
+        ValueError: an unknown engine, or place for images; a negative microbatch.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Job:
     again: str = "the same call with resume=True"
     engine: str = "auto"
     images: str = "auto"
+    microbatch: int | None = None
     brief: bool = False
     also: tuple[str, ...] = ()
 
@@ -63,6 +65,8 @@ class Job:
         for name, value, known in (("engine", self.engine, ENGINES), ("images", self.images, IMAGES)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+        if self.microbatch is not None and self.microbatch < 0:
+            raise ValueError(f"microbatch must be 0 (all images at once) or more, got {self.microbatch}")
 
     @property
     def called(self) -> str:

@@ -51,6 +51,7 @@ class Loop:
         ranks: the processes that share the work.
         term: added to the loss, or None.
         engine: one of engines.ENGINES.
+        microbatch: images at a time in the image tower, 0 for all; None for what is best on the device.
         say: is told in a line what does not go as it was asked for.
     """
 
@@ -64,6 +65,7 @@ class Loop:
         ranks: Ranks = ALONE,
         term: ZeroShotTerm | None = None,
         engine: str = "auto",
+        microbatch: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.model, self.recipe, self.data, self.ranks = model, recipe, data, ranks
@@ -78,11 +80,14 @@ class Loop:
         if dtype is not None and recipe.method != "full":
             for line in cast_anew(model):
                 say(line)
+        if microbatch and (dtype == torch.float16 or self.engine == "compile"):
+            why = "--engine compile" if self.engine == "compile" else "fp16, whose loss is scaled whole"
+            raise UserError(f"--microbatch {microbatch} does not go with {why}: leave one of them out")
         self.draws = Draws(recipe, data.store.sizes, data.flip, ranks, fill=self.engine != "eager")
         self._feed = Feed(self.draws.largest, data.store.shape, self.device)
         optimizer = adamw(model, recipe, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        objective = Objective(model, tokens, dtype, ranks, term, recipe.share_prefix)
+        objective = Objective(model, tokens, dtype, ranks, term, recipe.share_prefix, microbatch)
         self._frozen_in = partial(frozen_in, dtype, model, *([] if term is None else [term.model]))
         rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], device=self.device)
         self.average = Average(list(trained_state(model).values()), recipe.average, recipe.steps) if recipe.average else None
@@ -90,6 +95,11 @@ class Loop:
         self._run: Engine | None = None
         self._told = 0  # steps whose loss and accuracy are in `history`, or under way to it
         self._under_way: tuple[slice, Tensor, torch.cuda.Event] | None = None
+
+    @property
+    def microbatch(self) -> int:
+        """Images at a time in the image tower, for a batch of full size."""
+        return self.draws.largest if self.engine == "compile" else self._step.objective.microbatch(self.draws.largest)
 
     def inputs(self, step: int) -> Inputs:
         """This rank's part of a step on the device, good until the next call; an epoch's last batch may be short."""

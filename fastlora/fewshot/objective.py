@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders import ImageEncoder, TextEncoder, common_prefix
+from ..encoders import ImageEncoder, TextEncoder, common_prefix, microbatched
 from .distributed import Ranks
 from .evaluate import autocast, class_features, class_logits, encode_images
 
@@ -36,6 +36,11 @@ class Batch:
     counts: Tensor
     size: Tensor
     seed: Tensor
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the images; `size` stays that of the whole batch."""
+        some = {name: getattr(self, name)[rows] for name in ("images", "labels", "ids", "counts")}
+        return dataclasses.replace(self, **some)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Objective:
         ranks: the processes that share the work.
         term: added to the cross-entropy, or None.
         share_prefix: compute the first tokens that all prompts have in common once.
+        microbatch: images at a time in the image tower, 0 for all; None for what is best on the device.
     """
 
     def __init__(
@@ -96,8 +102,9 @@ class Objective:
         ranks: Ranks,
         term: ZeroShotTerm | None = None,
         share_prefix: bool = False,
+        microbatch: int | None = None,
     ) -> None:
-        self.model, self.dtype, self.ranks, self.term = model, dtype, ranks, term
+        self.model, self.dtype, self.ranks, self.term, self._asked = model, dtype, ranks, term, microbatch
         self.classes, self.device = len(tokens), tokens.device
         # looks the towers up once, packs the prompts once, and computes what no adapter touches once
         self._images = ImageEncoder(model)
@@ -110,14 +117,35 @@ class Objective:
         ids = torch.arange(first, first + len(prompts))
         self._prompts = TextEncoder(model, prompts, ids=ids, share_prefix=prefix)
 
+    def microbatch(self, count: int) -> int:
+        """How many of `count` images are computed at a time."""
+        # GradScaler must scale a loss before it is differentiated, torch.compile differentiates the whole of it
+        if self.dtype == torch.float16 or torch.compiler.is_compiling():
+            return count
+        return self._images.microbatch(count, self.device) if self._asked is None else self._asked or count
+
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """This rank's share of the mean loss and of the right answers of a batch, fp32, both on the device."""
         with autocast(self.device, self.dtype):
-            text = self._prompts(batch.seed)
-            # a rank may get nothing of an epoch's last, short batch
+            text = self.ranks.gather(class_features(self._prompts(batch.seed), self._mine), self.classes)
+        count = len(batch.ids)
+        size = self.microbatch(count)
+        if size >= count:  # a rank may get nothing of an epoch's last, short batch
+            return self._share(batch, text)
+        right: list[Tensor] = []
+
+        def loss(text: Tensor, rows: slice) -> Tensor:
+            part, hits = self._share(batch.part(rows), text)
+            right.append(hits)
+            return part
+
+        return microbatched(loss, count, size, text, self.model.parameters()), torch.stack(right).sum()
+
+    def _share(self, batch: Batch, text: Tensor) -> tuple[Tensor, Tensor]:
+        """What these images add to both, given the class features (classes, d)."""
+        with autocast(self.device, self.dtype):
             image = self._images(batch.images, batch.seed, ids=batch.ids) if len(batch.ids) else text[:0]
             image = F.normalize(image.float(), dim=-1)
-            text = self.ranks.gather(class_features(text, self._mine), self.classes)
             targets = self.term.targets(batch.images) if self.term is not None and len(batch.ids) else None
         logits = class_logits(self.model, image, text)
         losses = F.cross_entropy(logits, batch.labels, reduction="none")

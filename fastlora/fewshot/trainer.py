@@ -184,7 +184,7 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
     # the checkpoint and its successor, each with parameters and AdamW's two moments, and the result
     folder.check_space(7 * 4 * trainable)
     trained = data.training_set(recipe, loaded, tokens.device, console)
-    loop = Loop(model, recipe, trained, tokens, dtype, ranks, term, job.engine, console.print)
+    loop = Loop(model, recipe, trained, tokens, dtype, ranks, term, job.engine, job.microbatch, console.print)
     if state is not None:
         loop.restore(state)
     extra = {"split": split, "zero_shot": {name: result.tensors() for name, result in before.items()}}
