@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=2 python benchmarks/cpu.py
 
 Three whole runs; each is cut into parts, each part a process and a file of rows under benchmarks/results/cpu/. A part that is
-there is not done again, so a run that was stopped goes on; --fresh starts over. Tables and pictures follow from the rows:
+there is not done again, so a run that was stopped goes on; --fresh first removes them all (a fresh run that was stopped goes on
+without it). Tables and pictures follow from the rows:
 
     python benchmarks/pages.py
 
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,17 @@ from ops import gate as op_gate
 from ops_timing import op_rows
 from savings import savings
 from shapes import Case
-from steps import checked, seconds_whole, side_by_side, warm_up
+from steps import checked, in_turn, seconds_whole, side_by_side
 
 Row = dict[str, Any]
 OURS = ["fastlora", "fastlora, share_prefix", "fastlora, host's encoders"]
 EVERYONE = ["frozen", *OURS, "textbook", "the paper's arithmetic", "PEFT", "full fine-tuning"]
 PATCH_ALONE = "fastlora, host's encoders"
 MAIN = [name for name in EVERYONE if name != PATCH_ALONE]
-AGAIN = ["frozen", *OURS[:2], "textbook", "the paper's arithmetic"]
+AGAIN = [*OURS[:2], "the paper's arithmetic"]
 RUNS = 3
+WIDE = 2  # runs that have every contestant, so that each ratio has a spread; the next ones have those that targets speak of
+ROUNDS, ROUNDS_SMALL = 2, 5  # timed steps of each contestant in a run, after the warm-up; steps of the mini CLIP are noisier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +79,18 @@ def gates(context: Context) -> list[Row]:
     return rows
 
 
-def steps(job: Job, rounds: int, names: list[str], again: list[str], count: list[str]) -> Callable[[Context], list[Row]]:
-    """A part: whole training steps of one job; the first run has all `names`, the next ones those of `again`."""
+def steps(job: Job, names: list[str], again: list[str], count: list[str]) -> Callable[[Context], list[Row]]:
+    """A part: whole training steps of one job; the first WIDE runs have all `names`, the next ones those of `again`."""
 
     def part(context: Context) -> list[Row]:
         mine = dataclasses.replace(job, model="mini", batch=2, classes=min(job.classes, 3)) if context.tiny else job
         passed = {
             r["contestant"] for r in read_rows(context.gates) if r["row"] == "gate" and r["model"] == mine.model and r["ok"]
         }
-        wanted = [name for name in here(names if context.run == 1 else again) if name in passed]
+        wanted = [name for name in here(names if context.run <= WIDE else again) if name in passed]
         counted = count if context.run == 1 else []  # counts are the same in every run
-        return side_by_side(mine, wanted, 1 if context.tiny else rounds, context.limits, counted, gated=True)
+        rounds = 1 if context.tiny else ROUNDS if job.model == MODEL else ROUNDS_SMALL
+        return side_by_side(mine, wanted, rounds, context.limits, counted, gated=True)
 
     return part
 
@@ -141,7 +146,7 @@ def scaling(axis: str) -> Callable[[Context], list[Row]]:
         rows = []
         for job in jobs:
             mine = dataclasses.replace(job, batch=2) if context.tiny and axis != "batch" else job
-            found = side_by_side(mine, names, 1 if context.tiny else 2, context.limits, gated=context.tiny)
+            found = side_by_side(mine, names, 1 if context.tiny else ROUNDS, context.limits, gated=context.tiny)
             rows += [row | {"row": "scaling", "axis": axis, "size": getattr(job, axis)} for row in found]
         return rows
 
@@ -151,7 +156,7 @@ def scaling(axis: str) -> Callable[[Context], list[Row]]:
 def apart(context: Context) -> list[Row]:
     """A step with one saving taken away, for each of them."""
     job = Job("mini", batch=2, classes=3) if context.tiny else Job(MODEL, classes=100)
-    return savings(job, 1 if context.tiny else 3)
+    return savings(job, 1 if context.tiny else ROUNDS)
 
 
 def agreement(context: Context) -> list[Row]:
@@ -159,19 +164,17 @@ def agreement(context: Context) -> list[Row]:
     job = Job("mini", batch=2, classes=3) if context.tiny else Job(MODEL, classes=10)
 
     def plain() -> list[Row]:
-        command = [sys.executable, str(ROOT / "benchmarks" / "plain.py"), "--classes", str(job.classes), "--steps", "2"]
+        command = [sys.executable, str(ROOT / "benchmarks" / "plain.py"), "--classes", str(job.classes), "--steps", str(ROUNDS)]
         command += ["--tiny"] if context.tiny else []
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
         assert done.returncode == 0, f"benchmarks/plain.py failed:\n{done.stderr[-2000:]}"
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
     outside = plain()
-    inside: list[Row] = []
-    for name in ("PEFT", "textbook"):
-        contestant = ready(TRAINEES[name], job)
-        warm_up(contestant)
-        inside += [{"contestant": name, "seconds": seconds_whole(contestant, number)} for number in (1, 2)]
-        del contestant
+    names = ("PEFT", "textbook")
+    # both in turn and without kept memory, as plain.py does
+    taken = in_turn({name: partial(seconds_whole, ready(TRAINEES[name], job)) for name in names}, ROUNDS, job.name)
+    inside = [{"contestant": name, "seconds": t} for name in names for t in taken[name].seconds]
     common = {"row": "agreement", **job.row()}
     return [common | {"where": where} | row for where, rows in (("inside", inside), ("outside", outside)) for row in rows]
 
@@ -194,11 +197,11 @@ def counted(context: Context) -> list[Row]:
 # name -> (what it does, whether every run repeats it)
 PARTS: dict[str, tuple[Callable[[Context], list[Row]], bool]] = {
     "gate": (gates, False),
-    "step-vit-b-32-100": (steps(Job(MODEL, classes=100), 1, MAIN, AGAIN, OURS[:2]), True),
-    "step-vit-b-32-1000": (steps(Job(MODEL, classes=1000), 1, MAIN, AGAIN, OURS[:2]), True),
-    "step-vit-b-32-10": (steps(Job(MODEL, classes=10), 1, EVERYONE, AGAIN, EVERYONE), True),
-    "step-mini-10": (steps(Job("mini", classes=10), 3, EVERYONE, EVERYONE, EVERYONE), True),
-    "step-mini-100": (steps(Job("mini", classes=100), 2, EVERYONE, EVERYONE, EVERYONE), True),
+    "step-vit-b-32-100": (steps(Job(MODEL, classes=100), MAIN, AGAIN, OURS[:2]), True),
+    "step-vit-b-32-1000": (steps(Job(MODEL, classes=1000), MAIN, AGAIN, OURS[:2]), True),
+    "step-vit-b-32-10": (steps(Job(MODEL, classes=10), EVERYONE, AGAIN, EVERYONE), True),
+    "step-mini-10": (steps(Job("mini", classes=10), EVERYONE, EVERYONE, EVERYONE), True),
+    "step-mini-100": (steps(Job("mini", classes=100), EVERYONE, EVERYONE, EVERYONE), True),
     "savings": (apart, False),
     "agreement": (agreement, False),
     "ops": (ops, False),
@@ -234,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder for the raw rows")
     parser.add_argument("--runs", type=int, default=RUNS, help="whole runs")
     parser.add_argument("--only", default="", help="only parts whose name holds this text")
-    parser.add_argument("--fresh", action="store_true", help="measure anew what is there already")
+    parser.add_argument("--fresh", action="store_true", help="remove the rows that are there, then measure; go on without it")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove nothing but that it runs")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=int, default=1, help=argparse.SUPPRESS)
@@ -244,10 +247,14 @@ def main(arguments: list[str] | None = None) -> int:
         do_part(options.part, options.run, options.out, options.tiny)
         return 0
     plan = [(run, name) for run in range(1, options.runs + 1) for name, (_, again) in PARTS.items() if again or run == 1]
+    plan = [(run, name) for run, name in plan if options.only in name]
+    paths = {part: options.out / f"run{part[0]}-{part[1]}.jsonl" for part in plan}
+    if options.fresh:  # all of them now, so that a run that was stopped goes on without --fresh
+        for path in paths.values():
+            path.unlink(missing_ok=True)
     failed = []
     for run, name in plan:
-        path = options.out / f"run{run}-{name}.jsonl"
-        if options.only not in name or (path.exists() and not options.fresh):
+        if paths[run, name].exists():
             continue
         print(f"\nrun {run}, {name}", flush=True)
         if options.tiny:

@@ -106,7 +106,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     row: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": own or (commit[:12] if commit else None),
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain")) if own else None,
+        # of what measures: rows that an earlier part wrote are no change
+        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--", ".", f":!{RESULTS}")) if own else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "cpu": _cpu_model(),

@@ -45,6 +45,15 @@ def counts(contestant: Trainee) -> dict[str, int]:
     return {"flops": flops, "saved_bytes": saved[0]}
 
 
+def page_faults() -> int | None:
+    """How often this process touched a page that the system had to map first; None where it does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def _resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()

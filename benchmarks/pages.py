@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -59,6 +60,22 @@ def _steps(model: str, classes: int) -> Callable[[Path], str]:
     return _cpu(make)
 
 
+def _warm_up(page: Path) -> str:
+    """A line of the list: what was taken before the timed steps, and how many pages those still had to wait for."""
+    found = [row for row in cpu_rows() if row["row"] == "step" and "warm_up" in row]
+    if not found:
+        return (
+            "* These rows were warmed up by one small step alone: a timed step may hold page faults that later ones have not."
+        )
+    steps = " or ".join(map(str, sorted({row["warm_up"] for row in found})))
+    faults = [n for row in found for n in row["page_faults"] if n is not None]
+    still = f" Page faults in a timed step: {statistics.median(faults):.0f} (median; at most {max(faults)})." if faults else ""
+    return (
+        f"* Timed is the steady state of a training run, which has thousands of steps: the first {steps} steps (or chunks) of "
+        f"each contestant are slower, as the system maps and clears their memory (page faults), and are not counted.{still}"
+    )
+
+
 # name -> the text of the block, for the page it stands on
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "few-shot table": lambda page: sweeps.short(),
@@ -73,6 +90,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "savings": _cpu(tables.savings),
     "memory": _cpu(tables.memory),
     "scaling": _cpu(tables.scaling),
+    "warm-up": _warm_up,
     "agreement": _cpu(tables.agreement),
     "overview": _cpu(tables.overview),
     **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", MODEL) for n in (10, 100, 1000)},

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from baselines import TRAINEES, Job
+from baselines import TRAINEES, Job, Trainee
 from baselines.library import FastLoRA, Patched
 from fastlora import products
 from fastlora.encoders import blocks, image, text
 from fastlora.fewshot import memory
 from measure import summary
 from memory import counts, ready
-from steps import seconds_whole, warm_up
+from steps import in_turn, seconds_whole
 
 Without = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -85,6 +86,11 @@ SAVINGS: dict[str, tuple[type[Patched], Without]] = {
 TOGETHER = {"all of these": "fastlora, host's encoders", "those, and the packed q, k, v": "textbook"}
 
 
+def _seconds(contestant: Trainee, without: Without, number: int) -> float:
+    with without():
+        return seconds_whole(contestant, number)
+
+
 def savings(job: Job, rounds: int) -> list[dict[str, Any]]:
     """A row for each: the time of a step, the contestants taking turns, and the bytes saved for backward."""
     memory.keep_freed()
@@ -94,20 +100,13 @@ def savings(job: Job, rounds: int) -> list[dict[str, Any]]:
         cases[name] = (whole if trainee is FastLoRA else ready(trainee, job), without)
     for name, contestant in TOGETHER.items():
         cases[name] = (ready(TRAINEES[contestant], job), contextlib.nullcontext)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for contestant, without in cases.values():
-        with without():
-            warm_up(contestant)
-    for number in range(1, rounds + 1):
-        for name, (contestant, without) in cases.items():
-            with without():
-                times[name].append(seconds_whole(contestant, number))
-            print(f"{job.name}: without {name} {times[name][-1]:.3f} s", flush=True)
+    taken = in_turn({name: partial(_seconds, *case) for name, case in cases.items()}, rounds, f"{job.name}, without")
     rows = []
     for name, (contestant, without) in cases.items():
         with without():
             counted = counts(contestant)
-        timing = summary(times[name], "clock")
-        over = statistics.median(times[name]) / statistics.median(times["nothing"])
-        rows.append({"row": "savings", **job.row(), "without": name, **timing.row(), "over_all": over, **counted})
+        timing = summary(taken[name].seconds, "clock")
+        over = timing.median / statistics.median(taken["nothing"].seconds)
+        row = {"row": "savings", **job.row(), "without": name, **timing.row(), **taken[name].row()}
+        rows.append(row | {"over_all": over, **counted})
     return rows

@@ -1,4 +1,5 @@
-"""Training steps timed side by side: contestants take turns, so that a busy minute slows all of them alike.
+"""Training steps timed side by side: contestants take turns, so that a busy minute slows all of them alike, and each is
+warmed up by whole steps of its own, so that what is timed is the steady state of a training run.
 
 A step whose memory does not fit is timed in chunks of classes. Where padding is computed, every chunk of 50 prompts is the
 same work (50 x 77 tokens through the text tower, forward and backward), so one chunk is timed and counted as often as the step
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from baselines import TRAINEES, Job, Trainee, inputs
 from fastlora.fewshot import memory
 from machine import Ceilings, synchronize
 from measure import summary
-from memory import counts, ready
+from memory import counts, page_faults, ready
 from step_gate import FEW, drops_out, gate
 
 CHUNK = 50
+# Steps of each contestant (or chunks, where it is timed in chunks) before one is timed. The first maps and clears the pages of
+# all memory of a step, the second what lies elsewhere than in the first: alone in a process, fastlora's step of a ViT-B-32 at
+# 100 classes has some 160000 page faults, then 37000, then none. A training run has thousands of steps.
+WARM_UP = 2
 WHOLE = 300  # classes up to which every contestant's step of a ViT-B-32 fits in 24 GB
 
 
@@ -47,6 +52,11 @@ def checked(name: str, job: Job) -> Trainee:
     contestant = ready(trainee, job)
     assert trainee.trains != "adapters" or not job.dropout or drops_out(contestant), f"{name} ignores dropout: not timed"
     return contestant
+
+
+def seconds_of_step(contestant: Trainee, number: int) -> float:
+    """The time of one step on batch `number`, whole or from one chunk."""
+    return (seconds_in_chunks if in_chunks(type(contestant), contestant.job) else seconds_whole)(contestant, number)
 
 
 def in_chunks(trainee: type[Trainee], job: Job) -> bool:
@@ -84,22 +94,45 @@ def seconds_in_chunks(contestant: Trainee, number: int, size: int = CHUNK) -> fl
     return (after_image - start) + (after_chunk - after_image) * contestant.job.classes / size + (end - after_chunk)
 
 
-def warm_up(contestant: Trainee) -> None:
-    """A step of few images and classes, so that what libraries set up at first use is not timed."""
-    if contestant.compiles:  # other shapes would be compiled anew
-        contestant.step(*inputs(contestant.job, 0))
-        return
-    before = contestant.prompts
-    contestant.read(before[:4])
-    images, labels = inputs(dataclasses.replace(contestant.job, batch=2), 0)
-    contestant.step(images, labels.remainder(len(contestant.prompts)))
-    contestant.read(before)
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """The timed steps of one contestant, in order: seconds, and the page faults of each (None: the system does not tell)."""
+
+    seconds: list[float]
+    page_faults: list[int | None]
+
+    def row(self) -> dict[str, Any]:
+        """What a results file keeps beside the summary."""
+        return {
+            "all_ms": [round(t * 1e3, 3) for t in self.seconds],
+            "page_faults": self.page_faults,
+            "warm_up": WARM_UP,
+        }
+
+
+def in_turn(takes: dict[str, Callable[[int], float]], rounds: int, title: str) -> dict[str, Taken]:
+    """The times of `rounds` steps of each contestant, all taking turns, after WARM_UP turns that are not counted.
+
+    Args:
+        takes: by name a function of a batch's number that takes a step (or its chunk) on it and gives the seconds.
+    """
+    taken = {name: Taken([], []) for name in takes}
+    for number in range(1, WARM_UP + rounds + 1):
+        for name, take in takes.items():
+            before = page_faults()
+            seconds = take(number)
+            faults = None if before is None else (page_faults() or 0) - before
+            print(f"{title}: {name} {seconds:.3f} s{' (warm-up)' if number <= WARM_UP else ''}", flush=True)
+            if number > WARM_UP:
+                taken[name].seconds.append(seconds)
+                taken[name].page_faults.append(faults)
+    return taken
 
 
 def side_by_side(
     job: Job, names: list[str], rounds: int, limits: Ceilings, count: Sequence[str] = (), gated: bool = False
 ) -> list[dict[str, Any]]:
-    """One row a contestant, the floor's first: `rounds` steps each, in turn, twice as many of those that skip padding.
+    """One row a contestant, the floor's first: `rounds` steps of each, in turn, warmed up.
 
     One that the gate refuses is not timed; its row says why.
 
@@ -115,21 +148,13 @@ def side_by_side(
         except AssertionError as error:
             print(f"{job.name}: {error}", flush=True)
             rows.append({"row": "step", **job.row(), "contestant": name, "refused": str(error)})
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for contestant in contestants.values():
-        warm_up(contestant)
-    for number in range(1, rounds + 1):
-        # the shortest ones again after the longest, so that both stand for the same minutes
-        for name in [*contestants, *(name for name in contestants if TRAINEES[name].packs)]:
-            contestant = contestants[name]
-            timed = seconds_in_chunks if in_chunks(type(contestant), job) else seconds_whole
-            times[name].append(timed(contestant, number))
-            print(f"{job.name}: {name} {times[name][-1]:.3f} s", flush=True)
+    taken = in_turn({name: functools.partial(seconds_of_step, c) for name, c in contestants.items()}, rounds, job.name)
+    times = {name: found.seconds for name, found in taken.items()}
     for name, contestant in contestants.items():
         chunks = in_chunks(type(contestant), job)
         timing = summary(times[name], "chunks" if chunks else "clock")
         row = {"row": "step", **job.row(), "contestant": name, "phase": "step", **timing.row()}
-        row |= {"all_ms": [round(t * 1e3, 3) for t in times[name]]}
+        row |= taken[name].row()
         if "frozen" in times:
             row["over_frozen"] = timing.median / statistics.median(times["frozen"])
         if name in count and not chunks:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from baselines import TRAINEES, Job, Trainee, inputs
+from fastlora.fewshot.memory import keep_freed
 from measure import Timing, by_events, by_graph, summary
 from memory import counts, measure
 from recorder import Recorder
-from steps import checked, in_chunks, seconds_in_chunks, seconds_whole
+from steps import WARM_UP, checked, in_chunks, seconds_of_step
 
 
 def cases(profile: str, device: str) -> list[Job]:
@@ -44,16 +45,16 @@ def test_step(case: Job, name: str, benchmark: Any, recorder: Recorder) -> None:
     numbers = itertools.cycle((1, 2))
     rounds = {"tiny": 1, "quick": 5 if case.model == "mini" else 3, "full": 5}[recorder.profile]
     chunks = in_chunks(trainee, case)
-    if chunks:
-        found: list[float] = []
-        benchmark.pedantic(lambda: found.append(seconds_in_chunks(contestant, next(numbers))), rounds=rounds)
-        timings = [summary(found, "chunks")]
-    else:
+    if not chunks:
         row |= counts(contestant)
-        # `counts` has run a step already, which is the warm-up of a CPU
-        warm = 0 if case.device == "cpu" else 10
-        benchmark.pedantic(lambda: seconds_whole(contestant, next(numbers)), rounds=rounds, warmup_rounds=warm)
-        timings = [summary(benchmark.stats.stats.data, "clock")]
+    keep_freed()  # as `fastlora train` does; all contestants gain
+    found: list[float] = []
+    benchmark.pedantic(
+        lambda: found.append(seconds_of_step(contestant, next(numbers))),
+        rounds=rounds,
+        warmup_rounds=WARM_UP if case.device == "cpu" else 10,
+    )
+    timings = [summary(found[-rounds:], "chunks" if chunks else "clock")]
     if case.device == "cuda":
         timings += _on_cuda(contestant, row)
     memory = measure(name, case) if not chunks and _wants_memory(recorder.profile, case) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Pat
     rows = run_benchmark(str(BENCHMARKS / "cpu.py"), "--tiny", "--runs", "1", "--out", str(tmp_path), folder=tmp_path)
     assert {row["row"] for row in rows} >= {"run", "ceilings", "step", "op", "scaling", "agreement", "counted", "end"}
     assert {path.name for path in tmp_path.iterdir()} == {f"run1-{name}.jsonl" for name in PARTS}
+    assert all(row["warm_up"] == steps.WARM_UP for row in rows if row["row"] in ("step", "scaling", "savings"))
     titles = {table.title.split(":")[0] for table in everything(read(tmp_path))}
     assert {
         "Machine",
@@ -114,6 +116,25 @@ def test_a_contestant_that_the_gate_refuses_costs_the_others_nothing(monkeypatch
     rows = steps.side_by_side(job, ["frozen", "textbook", "fastlora"], 1, Ceilings("cpu", "float32", 1e11, 1e10))
     assert {row["contestant"]: "median_ms" in row for row in rows} == {"textbook": False, "frozen": True, "fastlora": True}
     assert "textbook is wrong" in next(row["refused"] for row in rows if row["contestant"] == "textbook")
+
+
+def test_contestants_take_turns_and_their_first_steps_are_not_counted() -> None:
+    turns: list[tuple[str, int]] = []
+
+    def take(name: str, number: int) -> float:
+        turns.append((name, number))
+        return float(number)
+
+    taken = steps.in_turn({name: functools.partial(take, name) for name in "ab"}, 2, "job")
+    assert turns == [(name, number) for number in range(1, steps.WARM_UP + 3) for name in "ab"]
+    assert all(found.seconds == [steps.WARM_UP + 1, steps.WARM_UP + 2] for found in taken.values())
+    assert all(len(found.page_faults) == 2 for found in taken.values())
+
+
+def test_the_check_from_outside_is_warmed_up_alike() -> None:
+    import plain
+
+    assert plain.WARM_UP == steps.WARM_UP
 
 
 def test_a_step_in_chunks_is_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
