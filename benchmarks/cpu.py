@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+import allocator
 from baselines import TRAINEES, Job
 from fastlora.bench.rows import MODEL
 from machine import RESULTS, ROOT, Ceilings, Rows, ceilings, environment, read_rows
@@ -159,6 +160,12 @@ def apart(context: Context) -> list[Row]:
     return savings(job, 1 if context.tiny else ROUNDS)
 
 
+def kept_memory(context: Context) -> list[Row]:
+    """fastlora with and without kept memory, and the paper's arithmetic without it, as its users run it."""
+    job = Job("mini", batch=2, classes=3) if context.tiny else Job(MODEL, classes=100)
+    return allocator.measure(job, 1 if context.tiny else ROUNDS)
+
+
 def agreement(context: Context) -> list[Row]:
     """The harness's PEFT and textbook beside plain.py's, a process of its own."""
     job = Job("mini", batch=2, classes=3) if context.tiny else Job(MODEL, classes=10)
@@ -203,6 +210,7 @@ PARTS: dict[str, tuple[Callable[[Context], list[Row]], bool]] = {
     "step-mini-10": (steps(Job("mini", classes=10), EVERYONE, EVERYONE, EVERYONE), True),
     "step-mini-100": (steps(Job("mini", classes=100), EVERYONE, EVERYONE, EVERYONE), True),
     "savings": (apart, False),
+    "allocator": (kept_memory, False),
     "agreement": (agreement, False),
     "ops": (ops, False),
     "memory": (memory, False),

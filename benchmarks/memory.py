@@ -87,11 +87,20 @@ def measure(name: str, job: Job) -> dict[str, int]:
     if job.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return {}
     # an address space that glibc does not hand back would count pages of a freed tensor as held
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, str(Path(__file__)), name, json.dumps(dataclasses.asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT.parent)
+    return fresh_process(Path(__file__), name, json.dumps(dataclasses.asdict(job)), MALLOC_TRIM_THRESHOLD_="0")
+
+
+def fresh_process(script: Path, *arguments: str, **environment: str) -> dict[str, Any]:
+    """The JSON object that a script prints last, in a process of its own with as many threads as this one.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    variables = os.environ | environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT.parent)
     if done.returncode:
-        raise RuntimeError(f"{name}: the process that measures memory failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{script.name} {arguments[0]}: the process that measures failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

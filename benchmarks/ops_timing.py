@@ -37,6 +37,7 @@ def op_rows(case: Case, contestants: list[Contestant], rounds: int, limits: Ceil
             row = {"row": "op", **case.row(), "contestant": name, "phase": phase, **timing.row()}
             row |= {
                 "over_frozen": statistics.median(ratios),
+                "ratios": [round(value, 4) for value in ratios],
                 "share_of_roofline": limits.seconds(flops, nbytes) / timing.median,
             }
             if phase == "both":

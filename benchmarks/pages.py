@@ -88,6 +88,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "layers": _cpu(tables.ops),
     "not timed": _cpu(tables.not_timed),
     "savings": _cpu(tables.savings),
+    "kept memory": _cpu(tables.kept_memory),
     "memory": _cpu(tables.memory),
     "scaling": _cpu(tables.scaling),
     "warm-up": _warm_up,

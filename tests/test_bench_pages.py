@@ -25,7 +25,8 @@ def step(name: str, classes: int, ms: float, run: int, method: str = "clock") ->
     case = f"{MODEL} batch 32 classes {classes} r=2 p=0.25"
     job = {"case": case, "model": MODEL, "classes": classes, "batch": 32, "rank": 2, "dropout": 0.25}
     times = {"phase": "step", "method": method, "median_ms": ms, "over_frozen": ms / 4000.0}
-    return {"row": "step", **job, "contestant": name, **times, "share_of_gemm_speed": 0.5, "saved_bytes": 2**30, "run": run}
+    counted = {"flops": ms / 1e3 * 0.5e11} if run == 2 else {}  # half of the GEMM speed; in one run alone, as the same in all
+    return {"row": "step", **job, "contestant": name, **times, **counted, "saved_bytes": 2**30, "run": run}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_tables_say_what_the_rows_say(folder: Path) -> None:
     table = tables.steps([row for row in rows if row.get("classes") == 100], one=True)
     assert table is not None
     cells = {row[0]: row[1:] for row in table.cells}
-    assert cells["the paper's arithmetic"] == ("8.80 s", "2.20", "4.40 ± 14 %", "50 %", "1.00 GiB")
+    assert cells["the paper's arithmetic"] == ("8.80 s", "2.20 ± 14 %", "4.40 ± 14 %", "50 %", "1.00 GiB")
     assert cells["fastlora"][2] == "1.00" and cells["textbook"][2] == "3.00"
     memory = tables.memory(rows)
     assert memory is not None and memory.cells[1] == ("m", "the paper's arithmetic", "8.00 GiB", "4.00 GiB", "0.25")
@@ -150,6 +151,20 @@ def test_what_is_no_row_is_refused(tmp_path: Path, content: str | None, says: st
     done = CliRunner().invoke(app, ["bench", str(path), "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, UserError) and says in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_single_run_the_spread_is_that_of_its_steps(tmp_path: Path) -> None:
+    """Each step over the one beside it: 3.0 and 4.0; a process that gives memory back over one that keeps it: 2.0 and 2.2."""
+    file = tmp_path / "rows.jsonl"
+    rows = [step("fastlora", 100, 2000.0, 1) | {"all_ms": [1000.0, 3000.0]}]
+    rows += [step("PEFT", 100, 7500.0, 1) | {"all_ms": [3000.0, 12000.0]}]
+    job = {"row": "allocator", "contestant": "fastlora", "run": 1}
+    rows += [job | {"keeps_freed": True, "median_ms": 10.0, "all_ms": [10.0, 10.0], "page_faults": [0, 2]}]
+    rows += [job | {"keeps_freed": False, "median_ms": 21.0, "all_ms": [20.0, 22.0], "page_faults": [5000, 7000]}]
+    file.write_text("\n".join(map(json.dumps, [ENV, LIMITS, *rows])))
+    made = {table.title.split(":")[0]: table for table in tables.everything(read(file))}
+    assert [cells[3] for cells in made["One training step"].cells] == ["1.00", "3.50 ± 14 %"]
+    assert [cells[2:] for cells in made["Kept memory"].cells] == [("10 ms", "1.00", "1"), ("21 ms", "2.10 ± 5 %", "6,000")]
 
 
 def test_fit_finds_the_exponent() -> None:

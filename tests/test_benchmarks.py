@@ -80,6 +80,7 @@ def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Pat
         "Machine",
         "One training step",
         "What each saving is worth",
+        "Kept memory",
         "One adapted layer",
         "Cost as work grows",
         "Another person's check",

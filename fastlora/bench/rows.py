@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ __all__ = [
     "over",
     "pick",
     "read",
+    "shares",
     "spread",
-    "with_floor",
+    "step_ratios",
 ]
 
 Row = dict[str, Any]
@@ -96,7 +97,7 @@ def median(rows: Iterable[Row], value: Callable[[Row], float | None] | str) -> f
     return statistics.median(values) if values else None
 
 
-def spread(values: list[float]) -> float | None:
+def spread(values: Sequence[float]) -> float | None:
     """The largest distance of a value from their median, as a share of it; None for fewer than two."""
     if len(values) < 2:
         return None
@@ -104,11 +105,12 @@ def spread(values: list[float]) -> float | None:
     return max(abs(value - middle) for value in values) / middle
 
 
-def with_floor(rows: list[Row], *keys: str) -> list[tuple[Row, Row]]:
-    """(row, the floor's row) of each run and of equal keys: both sides of a ratio come from one run."""
-    floors = {(*(row.get(k) for k in keys), row.get("run"), row["file"]): row for row in pick(rows, contestant=FLOOR)}
-    found = ((row, floors.get((*(row.get(k) for k in keys), row.get("run"), row["file"]))) for row in rows)
-    return [(row, floor) for row, floor in found if floor is not None]
+def step_ratios(mine: Row, base: Row) -> list[float]:
+    """Of one run the ratio of each timed step to the one beside it, where rows keep single steps; else that of the medians."""
+    steps = [row.get("all_ms", []) for row in (mine, base)]
+    if steps[0] and len(steps[0]) == len(steps[1]):
+        return [a / b for a, b in zip(*steps, strict=True)]
+    return [mine["median_ms"] / base["median_ms"]]
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -119,6 +121,17 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def over(rows: list[Row], name: str, base: str) -> list[float]:
-    """Of each run the time of one contestant over another's; both come from one file."""
-    mine, theirs = ({(r.get("run"), r["file"]): r["median_ms"] for r in pick(rows, contestant=n)} for n in (name, base))
-    return [mine[key] / theirs[key] for key in mine if key in theirs]
+    """Of each run the time of one contestant over another's, both from one file; of a single run that of each step."""
+    mine, theirs = ({(r.get("run"), r["file"]): r for r in pick(rows, contestant=n)} for n in (name, base))
+    pairs = [(mine[key], theirs[key]) for key in mine if key in theirs]
+    if len(pairs) == 1:
+        return step_ratios(*pairs[0])
+    return [a["median_ms"] / b["median_ms"] for a, b in pairs]
+
+
+def shares(rows: list[Row], name: str) -> list[float]:
+    """Of each run a step's share of the GEMM speed measured beside it; FLOPs are counted in one run and the same in all."""
+    mine = pick(rows, contestant=name)
+    flops = median(mine, "flops")
+    timed = [row for row in mine if "median_ms" in row and row["limits"].get("flops")]
+    return [flops / (row["median_ms"] / 1e3) / row["limits"]["flops"] for row in timed] if flops else []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["NONE", "Table", "percent", "ratio", "seconds", "size"]
+from .rows import spread
+
+__all__ = ["NONE", "Table", "percent", "ratio", "ratios", "seconds", "size"]
 
 NONE = "–"  # not measured
 
@@ -68,6 +71,14 @@ def size(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """A ratio as text."""
     return NONE if value is None else f"{value:.2f}"
+
+
+def ratios(values: Sequence[float]) -> str:
+    """Their median, and ± the largest distance of one from it."""
+    if not values:
+        return NONE
+    noise = spread(values)
+    return f"{statistics.median(values):.2f}" + (f" ± {100 * noise:.0f} %" if noise else "")
 
 
 def percent(value: float | None) -> str:

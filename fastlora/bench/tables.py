@@ -6,11 +6,23 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from .rows import MODEL, OURS, PAPER, PREFIX, WHY_NOT, Row, fit, latest, median, over, pick, spread
-from .table import NONE, Table, percent, ratio, seconds, size
+from .rows import FLOOR, MODEL, OURS, PAPER, PREFIX, WHY_NOT, Row, fit, latest, median, over, pick, shares, step_ratios
+from .table import NONE, Table, percent, ratio, ratios, seconds, size
 from .targets import targets
 
-__all__ = ["agreement", "everything", "machine", "memory", "not_timed", "ops", "overview", "savings", "scaling", "steps"]
+__all__ = [
+    "agreement",
+    "everything",
+    "kept_memory",
+    "machine",
+    "memory",
+    "not_timed",
+    "ops",
+    "overview",
+    "savings",
+    "scaling",
+    "steps",
+]
 
 CHUNKS = " ᶜ"  # timed in chunks of classes
 
@@ -52,16 +64,14 @@ def steps(rows: list[Row], *, one: bool = False) -> Table | None:
         of_case = latest(pick(found, case=name), "contestant", "method")
         for contestant in ordered(of_case, "contestant"):
             mine = pick(of_case, contestant=contestant)
-            times = over(of_case, contestant, OURS)
-            noise = spread(times)
             cells.append(
                 (
                     *(() if one else (name,)),
                     contestant + (CHUNKS if mine[0]["method"] == "chunks" else ""),
                     seconds(median(mine, "median_ms")),
-                    ratio(median(mine, "over_frozen")),
-                    ratio(statistics.median(times) if times else None) + (f" ± {100 * noise:.0f} %" if noise else ""),
-                    percent(median(mine, "share_of_gemm_speed")),
+                    ratios(over(of_case, contestant, FLOOR)),
+                    ratios(over(of_case, contestant, OURS)),
+                    percent(statistics.median(speed) if (speed := shares(of_case, contestant)) else None),
                     size(median(mine, "saved_bytes")),
                 )
             )
@@ -86,12 +96,18 @@ def overview(rows: list[Row]) -> Table | None:
         for case in cases.values():
             mine, times = pick(found, case=case, contestant=name), over(pick(found, case=case), name, OURS)
             mark = CHUNKS if mine and mine[0]["method"] == "chunks" else ""
-            line.append(f"{seconds(median(mine, 'median_ms'))}{mark}, {ratio(statistics.median(times))} ×" if times else NONE)
+            line.append(f"{seconds(median(mine, 'median_ms'))}{mark}, {_times(times)}" if times else NONE)
         peak = median(pick(rows, row="memory", model=MODEL, classes=100, contestant=name), "peak_bytes")
         cells.append((*line, size(peak)))
     note = f"{CHUNKS.strip()} timed in chunks of 50 classes: a whole step does not fit in memory."
     heads = ("method", *(f"{classes} classes" for classes in cases), "peak memory, 100 classes")
     return Table("A training step of ViT-B-32", heads, cells, note if any(CHUNKS in c for r in cells for c in r) else "")
+
+
+def _times(values: list[float]) -> str:
+    """A ratio as a factor: "1.90 × ± 9 %"."""
+    factor, plus_minus, noise = ratios(values).partition(" ±")
+    return f"{factor} ×{plus_minus}{noise}"
 
 
 def graph_steps(rows: list[Row]) -> Table | None:
@@ -119,10 +135,10 @@ def ops(rows: list[Row], *, one: bool = False) -> Table | None:
             for contestant in ordered(of_case, "contestant"):
                 mine = pick(of_case, contestant=contestant)
                 both = pick(mine, phase="both")
-                phases = [median(pick(mine, phase=phase), "over_frozen") for phase in ("forward", "backward", "both")]
+                phases = [_over_frozen(pick(mine, phase=phase)) for phase in ("forward", "backward", "both")]
                 end = (median(both, "median_ms"), median(both, "share_of_roofline"), median(both, "saved_bytes"))
                 label = case if method == "clock" else f"{case}, {method}"
-                line = (*map(ratio, phases), seconds(end[0]), percent(end[1]), size(end[2]))
+                line = (*map(ratios, phases), seconds(end[0]), percent(end[1]), size(end[2]))
                 cells.append((*(() if one else (label,)), contestant, *line))
     heads = ("method", "forward", "backward", "both, over frozen", "both", "of roofline", "saved")
     if not cells:
@@ -132,14 +148,36 @@ def ops(rows: list[Row], *, one: bool = False) -> Table | None:
     return Table("One adapted layer", ("layer", *heads), cells, text=2)
 
 
+def _over_frozen(rows: list[Row]) -> list[float]:
+    """The ratio to the floor, of each round where the rows keep them."""
+    kept = [value for row in rows for value in row.get("ratios", [])]
+    return kept or [row["over_frozen"] for row in rows if "over_frozen" in row]
+
+
 def savings(rows: list[Row]) -> Table | None:
     """One step with each of its savings taken away, over the step that has all."""
     heads = ("without", "a step", "over the step with all", "saved for backward")
-    cells = [
-        (row["without"], seconds(row["median_ms"]), ratio(row["over_all"]), size(row["saved_bytes"]))
-        for row in pick(rows, row="savings")
-    ]
+    found = pick(rows, row="savings")
+    cells = []
+    for row in found:
+        values = [v for whole in pick(found, without="nothing", run=row.get("run")) for v in step_ratios(row, whole)]
+        cells.append((row["without"], seconds(row["median_ms"]), ratios(values), size(row["saved_bytes"])))
     return Table("What each saving is worth", heads, cells) if cells else None
+
+
+def kept_memory(rows: list[Row]) -> Table | None:
+    """A step in a process that keeps what it frees, and in one that does not: each a process of its own."""
+    found = pick(rows, row="allocator")
+    cells = []
+    for row in found:
+        with_all = pick(found, contestant=OURS, keeps_freed=True, run=row.get("run"))
+        values = [v for whole in with_all for v in step_ratios(row, whole)]
+        faults = [n for n in row["page_faults"] if n is not None]
+        way = "kept, as `fastlora train` does" if row["keeps_freed"] else "given back, as by default"
+        line = (row["contestant"], way, seconds(row["median_ms"]), ratios(values))
+        cells.append((*line, f"{statistics.median(faults):,.0f}" if faults else NONE))
+    heads = ("method", "freed memory is", "a step", "over fastlora that keeps it", "page faults a step")
+    return Table("Kept memory", heads, cells, text=2) if cells else None
 
 
 def not_timed(rows: list[Row]) -> Table | None:
@@ -219,17 +257,25 @@ def agreement(rows: list[Row]) -> Table | None:
     cells = []
     for name in ordered(found, "contestant"):
         mine = pick(found, contestant=name)
-        runs = []
+        runs, parts = [], []
         for run in ordered(mine, "run"):
             inside, outside = (median(pick(mine, run=run, where=where), "seconds") for where in ("inside", "outside"))
             if inside and outside:
-                runs.append((inside, outside, inside / outside))
+                runs.append((inside, outside))
+                parts += _paired(pick(mine, run=run))
         if runs:
-            inside, outside, part = (statistics.median(column) for column in zip(*runs, strict=True))
+            inside, outside = (statistics.median(column) for column in zip(*runs, strict=True))
+            part = statistics.median(parts)
             verdict = "agree" if abs(part - 1) <= 0.1 else "differ by more than 10 %"
-            cells.append((name, seconds(inside * 1e3), seconds(outside * 1e3), ratio(part), verdict))
+            cells.append((name, seconds(inside * 1e3), seconds(outside * 1e3), ratios(parts), verdict))
     heads = ("method", "in the harness", "outside, on Hugging Face's CLIP", "ratio", "")
     return Table("Another person's check", heads, cells) if cells else None
+
+
+def _paired(rows: list[Row]) -> list[float]:
+    """Each step in the harness over the step outside of the same number."""
+    inside, outside = ([row["seconds"] for row in pick(rows, where=where)] for where in ("inside", "outside"))
+    return [a / b for a, b in zip(inside, outside, strict=False)]
 
 
 def _each_case(make: Callable[..., Table | None], rows: list[Row], kind: str) -> list[Table | None]:
@@ -239,6 +285,7 @@ def _each_case(make: Callable[..., Table | None], rows: list[Row], kind: str) ->
 
 def everything(rows: list[Row]) -> list[Table]:
     """All tables that the rows have something for."""
-    made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), savings(rows), memory(rows)]
+    made = [machine(rows), targets(rows), *_each_case(steps, rows, "step"), graph_steps(rows), savings(rows)]
+    made += [kept_memory(rows), memory(rows)]
     made += [*_each_case(ops, rows, "op"), scaling(rows), agreement(rows), not_timed(rows)]
     return [table for table in made if table is not None]

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from .rows import FLOOR, MODEL, OURS, PAPER, PREFIX, Row, median, over, pick
+from .rows import FLOOR, MODEL, OURS, PAPER, PREFIX, Row, median, over, pick, shares
 from .table import NONE, Table
 
 __all__ = ["Target", "targets"]
@@ -33,11 +33,7 @@ def _faster(name: str, classes: int) -> Callable[[list[Row]], list[float]]:
 
 
 def _share(classes: int) -> Callable[[list[Row]], list[float]]:
-    def values(rows: list[Row]) -> list[float]:
-        mine = pick(_vit(rows, classes), contestant=OURS)
-        return [row["share_of_gemm_speed"] for row in mine if "share_of_gemm_speed" in row]
-
-    return values
+    return lambda rows: shares(_vit(rows, classes), OURS)
 
 
 def _memory(key: str) -> Callable[[list[Row]], list[float]]:
