@@ -27,6 +27,12 @@ svg { max-width: 100%; height: auto; } figure { margin: 28px 0 0; }
 """
 
 
+NOTE = (
+    "Ratios have both sides from one run; ± is the largest distance of a run from the median, or of a step where there is one "
+    "run. What computed wrong results has no time: see <i>Not timed</i>."
+)
+
+
 def figures(rows: list[Row]) -> dict[str, Any]:
     """Name -> figure of every picture that the rows have something for."""
     made = {name: draw(rows) for name, draw in PLOTS.items()}
@@ -46,7 +52,7 @@ def page(rows: list[Row], title: str) -> str:
     drawn = {name: _inline(svg(figure), name) for name, figure in figures(rows).items()}
     body = "".join(f"<figure>{picture}</figure>" for picture in drawn.values())
     parts = [table.html() for table in tables]
-    heading = f"<h1>{html.escape(title)}</h1><p class='soft'>Ratios have both sides from one run. Raw rows: JSON lines.</p>"
+    heading = f"<h1>{html.escape(title)}</h1><p class='soft'>{NOTE}</p>"
     return (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style>{heading}{parts[0] if parts else ''}{body}{''.join(parts[1:])}</html>"

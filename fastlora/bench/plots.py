@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-from .rows import FLOOR, MODEL, OURS, Row, fit, latest, median, over, pick
+from .rows import FLOOR, MODEL, OURS, PAPER, Row, fit, latest, median, over, pick
+from .table import ratios as ratios_of
 from .table import seconds
-from .tables import curves, ordered
+from .tables import by_size, curves, ordered
 
 __all__ = ["PLOTS", "hero", "memory", "overview", "ratios", "scaling", "times"]
 
@@ -23,7 +26,7 @@ COLOURS = {
 MARKERS = {OURS: "o", FLOOR: "s", "textbook": "^", "the paper's arithmetic": "D"}
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float, height: float, ratios: list[float] | None = None) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,24 +37,33 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
         "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
         "axes.titleweight": "bold", "axes.titlelocation": "left", "svg.fonttype": "path", "svg.hashsalt": "fastlora",
     }  # fmt: skip
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained", height_ratios=ratios
+    )
     return figure, axes
 
 
-def _bars(axis: Any, values: dict[str, float], text: Callable[[float], str], title: str) -> None:
+def _bars(axis: Any, values: dict[str, float], text: Callable[[float], str], title: str, places: int) -> None:
+    """Horizontal bars, the first one on top; places: those of the fullest panel, so that bars are as thick in all."""
+    _labelled(axis, values, {name: text(value) for name, value in values.items()}, title, places)
+
+
+def _labelled(axis: Any, values: dict[str, float], labels: dict[str, str], title: str, places: int) -> None:
     names = list(values)[::-1]
     bars = axis.barh(names, [values[n] for n in names], color=[COLOURS.get(n, SOFT) for n in names], height=0.72)
-    axis.bar_label(bars, [text(values[n]) for n in names], padding=4, color=INK, fontsize=9)
+    axis.bar_label(bars, [labels[n] for n in names], padding=4, color=INK, fontsize=9)
     axis.set_title(title)
-    axis.set_xlim(0, max(values.values()) * 1.2)
+    # room for the label behind the longest bar
+    axis.set_xlim(0, max(values.values()) * (1.08 + 0.02 * max(map(len, labels.values()))))
+    axis.set_ylim(len(names) - places - 0.5, len(names) - 0.5)
     axis.tick_params(axis="both", length=0)
     axis.xaxis.set_visible(False)
-    axis.spines["bottom"].set_visible(False)
+    axis.spines[["bottom", "left"]].set_visible(False)
 
 
 def _short(case: str) -> str:
-    """Without what all steps share."""
-    return case.replace(" r=2 p=0.25", "").replace(" batch ", ", batch ") if "classes" in case else case
+    """Without what all steps share, in words."""
+    return re.sub(r" batch (\d+) classes (\d+)", r", batch \1, \2 classes", case.replace(" r=2 p=0.25", ""))
 
 
 def _panels(groups: dict[str, dict[str, float]], text: Callable[[float], str], suptitle: str) -> Any:
@@ -60,10 +72,12 @@ def _panels(groups: dict[str, dict[str, float]], text: Callable[[float], str], s
     if not groups:
         return None
     rows, columns = -(-len(groups) // 2), min(2, len(groups))
-    longest = max(len(values) for values in groups.values())
-    figure, axes = _figure(rows, columns, 5.6 * columns, rows * (0.9 + 0.3 * longest) + 0.4)
-    for axis, (title, values) in zip(axes.flat, groups.items(), strict=False):
-        _bars(axis, values, text, title)
+    counts = [len(values) for values in groups.values()]
+    longest = [max(counts[row * columns : (row + 1) * columns]) for row in range(rows)]
+    heights = [0.9 + 0.3 * places for places in longest]
+    figure, axes = _figure(rows, columns, 5.6 * columns, sum(heights) + 0.4, heights)
+    for i, (axis, (title, values)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
+        _bars(axis, values, text, title, longest[i // columns])
     for axis in list(axes.flat)[len(groups) :]:
         axis.set_axis_off()
     figure.suptitle(suptitle, x=0.01, ha="left", fontsize=12)
@@ -77,7 +91,7 @@ def _steps(rows: list[Row]) -> list[Row]:
 def _per_case(rows: list[Row], key: str, scale: float = 1.0) -> dict[str, dict[str, float]]:
     """Case, in short -> contestant -> the median of a value."""
     groups: dict[str, dict[str, float]] = {}
-    for case in ordered(rows, "case"):
+    for case in by_size(rows):
         for name in ordered(pick(rows, case=case), "contestant"):
             if (value := median(pick(rows, case=case, contestant=name), key)) is not None:
                 groups.setdefault(_short(case), {})[name] = value * scale
@@ -86,7 +100,9 @@ def _per_case(rows: list[Row], key: str, scale: float = 1.0) -> dict[str, dict[s
 
 def times(rows: list[Row]) -> Any:
     """Seconds of a training step, one panel a job."""
-    return _panels(_per_case(_steps(rows), "median_ms"), seconds, "One training step")
+    found = _steps(rows)
+    chunks = "; from 1000 classes on what computes padding is timed in chunks" if pick(found, method="chunks") else ""
+    return _panels(_per_case(found, "median_ms"), seconds, f"One training step, less is better{chunks}")
 
 
 def ratios(rows: list[Row]) -> Any:
@@ -101,6 +117,12 @@ def memory(rows: list[Row]) -> Any:
     return _panels(groups, lambda v: f"{v:.2f} GiB", "Peak memory of a training step, in a fresh process")
 
 
+GROWS = {
+    "classes": "classes", "batch": "images a step", "rank": "rank of the adapters", "depth": "blocks in each tower",
+    "width": "width of both towers",
+}  # fmt: skip
+
+
 def scaling(rows: list[Row]) -> Any:
     """Seconds of a step against classes, batch, rank, depth and width, in logarithms, with fitted exponents."""
     axes_of = ordered(pick(rows, row="scaling"), "axis")
@@ -110,40 +132,65 @@ def scaling(rows: list[Row]) -> Any:
         return None
     columns = min(3, len(drawn))
     rows_of_panels = -(-len(drawn) // columns)
-    figure, panels = _figure(rows_of_panels, columns, 4.2 * columns, 3.2 * rows_of_panels + 0.6)
+    figure, panels = _figure(rows_of_panels, columns, 4.4 * columns, 3.2 * rows_of_panels + 0.6)
     for panel, (axis, found) in zip(panels.flat, drawn.items(), strict=False):
-        for name, points in found.items():
-            xs, ys = zip(*points, strict=True)
-            panel.plot(xs, ys, color=COLOURS.get(name, SOFT), marker=MARKERS.get(name, "o"), markersize=4, label=name)
-            exponent = f"{fit(points)[1]:.2f}"
-            panel.annotate(exponent, (xs[-1], ys[-1]), (7, -3), textcoords="offset points", fontsize=8, annotation_clip=False)
-        panel.set(xscale="log", yscale="log", title=axis)
-        panel.set_xticks(xs, [f"{x:g}" for x in xs])
-        panel.set_xticks([], minor=True)
-        panel.margins(x=0.14)
-        panel.yaxis.set_major_formatter(lambda v, _: f"{v:g} s")
-        panel.yaxis.set_minor_formatter(lambda v, _: f"{v:.1g} s" if f"{v:e}"[0] in "25" else "")
-        panel.grid(True, which="major", color=LINE, linewidth=0.8)
-        panel.set_axisbelow(True)
+        _curves(panel, found)
+        panel.set_title(GROWS.get(axis, axis))
     for panel in list(panels.flat)[len(drawn) :]:
         panel.set_axis_off()
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False)
-    title = "A training step of the mini CLIP as work grows; the number is the fitted exponent"
+    title = "Seconds of a training step of the mini CLIP as work grows; beside each line its exponent: time = c · size^exponent"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     return figure
 
 
-def overview(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """What README's figure shows: time of a ViT-B-32 step over fastlora's, by number of classes and method."""
+def _curves(panel: Any, found: dict[str, list[tuple[float, float]]]) -> None:
+    """One panel of lines, each with its exponent at the right edge in its own colour, no two on one another."""
+    for name, points in found.items():
+        xs, ys = zip(*points, strict=True)
+        panel.plot(xs, ys, color=COLOURS.get(name, SOFT), marker=MARKERS.get(name, "o"), markersize=4, label=name)
+    sizes = sorted({x for points in found.values() for x, _ in points})
+    panel.set(xscale="log", yscale="log")
+    panel.set_xticks(sizes, [f"{x:g}" for x in sizes])
+    panel.set_xticks([], minor=True)
+    low, high = panel.get_ylim()
+    ticks = _ticks(low, high)
+    panel.set_yticks(ticks, [f"{tick:.3g} s" for tick in ticks])
+    panel.set_yticks([], minor=True)
+    panel.set_ylim(low, high)
+    panel.grid(True, which="major", color=LINE, linewidth=0.8)
+    panel.set_axisbelow(True)
+    heights = {n: math.log(points[-1][1] / low) / math.log(high / low) for n, points in found.items()}
+    lowest = 0.0
+    for name in sorted(heights, key=lambda n: heights[n]):
+        lowest = max(lowest, heights[name])
+        style = {"color": COLOURS.get(name, SOFT), "fontsize": 8.5, "fontweight": "bold", "va": "center"}
+        panel.annotate(f"{fit(found[name])[1]:.2f}", (1.02, lowest), xycoords="axes fraction", annotation_clip=False, **style)
+        lowest += 0.065  # the height of a label
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values between two, at least three of them: 1, 2, 5, and closer ones where the range is short."""
+    steps: list[tuple[float, ...]] = [(1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(n / 10 for n in range(10, 100, 5))]
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for choice in steps:
+        ticks = [m * 10.0**power for power in powers for m in choice if low <= m * 10.0**power <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
+
+
+def overview(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
+    """What README's figure shows: time of a ViT-B-32 step over fastlora's in each run, by number of classes and method."""
     found = [row for row in _steps(rows) if row.get("model") == MODEL and row.get("batch") == 32]
     groups = {}
-    for case in ordered(found, "case"):
+    for case in by_size(found):
         mine = pick(found, case=case)
-        values = {n: over(mine, n, OURS) for n in (OURS, "full fine-tuning", "PEFT", "textbook", "the paper's arithmetic")}
+        values = {n: over(mine, n, OURS) for n in (OURS, "full fine-tuning", "PEFT", "textbook", PAPER)}
         if values[OURS]:
             title = f"{mine[0]['classes']} classes (fastlora {seconds(median(pick(mine, contestant=OURS), 'median_ms'))})"
-            groups[title] = {n: round(statistics.median(v), 2) for n, v in values.items() if v}
+            groups[title] = {n: [round(ratio, 3) for ratio in v] for n, v in values.items() if v}
     return {title: values for title, values in groups.items() if len(values) > 1}
 
 
@@ -152,11 +199,14 @@ def hero(rows: list[Row]) -> Any:
     groups = overview(rows)
     if not groups:
         return None
-    figure, axes = _figure(1, len(groups), 4.0 * len(groups), 2.3)
+    figure, axes = _figure(1, len(groups), 4.0 * len(groups), 2.6)
     for i, (axis, (title, values)) in enumerate(zip(axes.flat, groups.items(), strict=True)):
-        _bars(axis, values, lambda v: f"{v:.1f} ×", title)
+        labels = {name: ratios_of(v, 1, " ×") for name, v in values.items()}
+        _labelled(axis, {name: statistics.median(v) for name, v in values.items()}, labels, title, len(values))
         if i:
             axis.set_yticks([])
+    title = "A training step of ViT-B-32: time over fastlora's, less is better (± between whole runs)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
 

@@ -73,12 +73,12 @@ def ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
-def ratios(values: Sequence[float]) -> str:
-    """Their median, and ± the largest distance of one from it."""
+def ratios(values: Sequence[float], digits: int = 2, times: str = "") -> str:
+    """Their median, and ± the largest distance of one from it; times: what stands behind the median."""
     if not values:
         return NONE
     noise = spread(values)
-    return f"{statistics.median(values):.2f}" + (f" ± {100 * noise:.0f} %" if noise else "")
+    return f"{statistics.median(values):.{digits}f}{times}" + (f" ± {100 * noise:.0f} %" if noise else "")
 
 
 def percent(value: float | None) -> str:

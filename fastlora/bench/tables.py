@@ -32,6 +32,15 @@ def ordered(rows: list[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
+def by_size(rows: list[Row]) -> list[Any]:
+    """The cases by model, the paper's first, batch and classes."""
+    models = sorted(ordered([row for row in rows if "model" in row], "model"), key=lambda model: model != MODEL)
+    sizes = {
+        row["case"]: (models.index(row["model"]), row.get("batch", 0), row.get("classes", 0)) for row in rows if "model" in row
+    }
+    return sorted(ordered(rows, "case"), key=lambda case: sizes.get(case, (len(models), 0, 0)))
+
+
 def machine(rows: list[Row]) -> Table | None:
     """What the rows were measured on."""
     found = list({row["env"].get("date"): (row["env"], row["limits"]) for row in rows if row["env"]}.values())
@@ -50,7 +59,7 @@ def machine(rows: list[Row]) -> Table | None:
         if values:
             what = "product of large matrices" if key == "flops" else "copy, read and written"
             cells.append((what, f"{statistics.median(values):.0f} {unit} ({min(values):.0f} to {max(values):.0f})"))
-    return Table("Machine", ("", "of these rows"), cells)
+    return Table("Machine", ("", "of these rows"), cells, text=2)
 
 
 def steps(rows: list[Row], *, one: bool = False) -> Table | None:
@@ -60,7 +69,7 @@ def steps(rows: list[Row], *, one: bool = False) -> Table | None:
     """
     found = [row for row in pick(rows, row="step") if row["method"] != "graph"]
     cells = []
-    for name in ordered(found, "case"):
+    for name in by_size(found):
         of_case = latest(pick(found, case=name), "contestant", "method")
         for contestant in ordered(of_case, "contestant"):
             mine = pick(of_case, contestant=contestant)
@@ -87,7 +96,7 @@ def steps(rows: list[Row], *, one: bool = False) -> Table | None:
 def overview(rows: list[Row]) -> Table | None:
     """The paper's model on one page: a step by number of classes, each method's time over fastlora's, and its peak memory."""
     found = pick(rows, row="step", model=MODEL, batch=32)
-    cases = {row["classes"]: row["case"] for row in found}
+    cases = {row["classes"]: row["case"] for row in sorted(found, key=lambda row: row["classes"])}
     if not cases:
         return None
     cells = []
@@ -96,18 +105,12 @@ def overview(rows: list[Row]) -> Table | None:
         for case in cases.values():
             mine, times = pick(found, case=case, contestant=name), over(pick(found, case=case), name, OURS)
             mark = CHUNKS if mine and mine[0]["method"] == "chunks" else ""
-            line.append(f"{seconds(median(mine, 'median_ms'))}{mark}, {_times(times)}" if times else NONE)
+            line.append(f"{seconds(median(mine, 'median_ms'))}{mark}, {ratios(times, times=' ×')}" if times else NONE)
         peak = median(pick(rows, row="memory", model=MODEL, classes=100, contestant=name), "peak_bytes")
         cells.append((*line, size(peak)))
     note = f"{CHUNKS.strip()} timed in chunks of 50 classes: a whole step does not fit in memory."
     heads = ("method", *(f"{classes} classes" for classes in cases), "peak memory, 100 classes")
     return Table("A training step of ViT-B-32", heads, cells, note if any(CHUNKS in c for r in cells for c in r) else "")
-
-
-def _times(values: list[float]) -> str:
-    """A ratio as a factor: "1.90 × ± 9 %"."""
-    factor, plus_minus, noise = ratios(values).partition(" ±")
-    return f"{factor} ×{plus_minus}{noise}"
 
 
 def graph_steps(rows: list[Row]) -> Table | None:
@@ -280,7 +283,7 @@ def _paired(rows: list[Row]) -> list[float]:
 
 def _each_case(make: Callable[..., Table | None], rows: list[Row], kind: str) -> list[Table | None]:
     found = pick(rows, row=kind)
-    return [make(pick(found, case=case), one=True) for case in ordered(found, "case")]
+    return [make(pick(found, case=case), one=True) for case in by_size(found)]
 
 
 def everything(rows: list[Row]) -> list[Table]:
