@@ -36,6 +36,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "QuickGELU and MLPs": {"quick_gelu": True, "lora": {"targets": ("q", "v", "fc1", "fc2")}},
     "attentional pooling": {"vision_cfg": POOLER},
     "share_prefix": {"share_prefix": True},
+    "an image at a time": {"microbatch": 1},
     "zero-shot term": {"term": True},
     "zero-shot term, all trained": {"term": True, "method": "full"},
 }
