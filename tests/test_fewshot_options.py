@@ -102,7 +102,9 @@ class TestZeroShotTerm:
     def test_with_full_fine_tuning_the_twin_is_a_copy(self, model: str, folder: Path, tmp_path: Path) -> None:
         run(model, folder, tmp_path / "a", method="full", kl_weight=0.0, lr=1e-3)
         run(model, folder, tmp_path / "b", method="full", kl_weight=5.0, lr=1e-3)
-        assert losses(tmp_path / "a")[0] == pytest.approx(losses(tmp_path / "b")[0], rel=1e-5)
+        # nothing is lost yet, but the two round differently: 5 times logits of size 100, in fp32
+        rounding = 5.0 * 100 * torch.finfo(torch.float32).eps
+        assert losses(tmp_path / "a")[0] == pytest.approx(losses(tmp_path / "b")[0], rel=0, abs=rounding)
         assert losses(tmp_path / "a")[1] != losses(tmp_path / "b")[1]
 
 
