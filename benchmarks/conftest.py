@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from machine import RESULTS, read_rows
+from fastlora.bench.rows import read
+from fastlora.bench.tables import everything
+from machine import RESULTS
 from recorder import Recorder
-from tables import ratio_table
 
 # `python -m pytest` puts the repository's root on sys.path, where the folder kernels/ hides PyPI's `kernels` from transformers.
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +53,20 @@ def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The ratios, and where the rows lie."""
-    if (recorder := config.stash.get(_RECORDER, None)) is not None:
-        terminalreporter.write_line(ratio_table(read_rows(recorder.rows.path)))
-        terminalreporter.write_line(f"\nraw rows: {recorder.rows.path}")
+    """The same tables as `fastlora bench`, what the gate said, and where the rows lie."""
+    if (recorder := config.stash.get(_RECORDER, None)) is None:
+        return
+    rows = read(recorder.rows.path)
+    screen = Console(file=terminalreporter._tw._file, width=terminalreporter._tw.fullwidth)
+    screen.print()
+    for table in [] if config.getoption("--profile") == "tiny" else everything(rows):
+        screen.print(table.rich())
+        screen.print()
+    right = {(row["case"], row["contestant"]) for row in rows if "median_ms" in row}
+    wrong = {(row["case"], row["contestant"]) for row in rows if "refused" in row}
+    screen.print(
+        f"Gate: outputs and gradients of {len(right)} contestants agree with an fp64 truth, so they were timed; "
+        f"{len(wrong)} do not and have no time.",
+        f"Pictures and a page: fastlora bench {recorder.rows.path} --out PAGE",
+        sep="\n", highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -2,13 +2,14 @@
 
     OMP_NUM_THREADS=2 python benchmarks/cpu.py
 
-Three whole runs; each is cut into parts, each part a process and a file of rows under benchmarks/results/cpu/. A part that is
-there is not done again, so a run that was stopped goes on; --fresh first removes them all (a fresh run that was stopped goes on
-without it). Tables and pictures follow from the rows:
+Three whole runs, about forty minutes on two cores; each is cut into parts, each part a process and a file of rows under
+benchmarks/results/cpu/. A part that is there is not done again, so a run that was stopped goes on; --fresh first removes them
+all (a fresh run that was stopped goes on without it). Tables and pictures follow from the rows:
 
     python benchmarks/pages.py
 
---tiny proves that all of it runs, in a minute; nothing of it belongs in the repository.
+What takes no time (--only 'gate|memory|counted') may run on a busy machine before. --tiny proves that all of it runs, in a
+minute; nothing of it belongs in the repository.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -46,15 +48,18 @@ PATCH_ALONE = "fastlora, host's encoders"
 MAIN = [name for name in EVERYONE if name != PATCH_ALONE]
 AGAIN = [*OURS[:2], "the paper's arithmetic"]
 RUNS = 3
-WIDE = 2  # runs that have every contestant, so that each ratio has a spread; the next ones have those that targets speak of
 ROUNDS, ROUNDS_SMALL = 2, 5  # timed steps of each contestant in a run, after the warm-up; steps of the mini CLIP are noisier
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a part is given: the run's number, this process's ceilings, whether sizes are tiny, where the gate's rows lie."""
+    """What a part is given: the run's number, this process's ceilings, whether sizes are tiny, where the gate's rows lie.
+
+    wide: how many runs have every contestant, the later ones those that targets speak of.
+    """
 
     run: int
+    wide: int
     limits: Ceilings
     tiny: bool
     gates: Path
@@ -81,14 +86,14 @@ def gates(context: Context) -> list[Row]:
 
 
 def steps(job: Job, names: list[str], again: list[str], count: list[str]) -> Callable[[Context], list[Row]]:
-    """A part: whole training steps of one job; the first WIDE runs have all `names`, the next ones those of `again`."""
+    """A part: whole training steps of one job; the first run (--wide: runs) has all `names`, the next ones those of `again`."""
 
     def part(context: Context) -> list[Row]:
         mine = dataclasses.replace(job, model="mini", batch=2, classes=min(job.classes, 3)) if context.tiny else job
         passed = {
             r["contestant"] for r in read_rows(context.gates) if r["row"] == "gate" and r["model"] == mine.model and r["ok"]
         }
-        wanted = [name for name in here(names if context.run <= WIDE else again) if name in passed]
+        wanted = [name for name in here(names if context.run <= context.wide else again) if name in passed]
         counted = count if context.run == 1 else []  # counts are the same in every run
         rounds = 1 if context.tiny else ROUNDS if job.model == MODEL else ROUNDS_SMALL
         return side_by_side(mine, wanted, rounds, context.limits, counted, gated=True)
@@ -99,8 +104,8 @@ def steps(job: Job, names: list[str], again: list[str], count: list[str]) -> Cal
 def memory(context: Context) -> list[Row]:
     """Peak memory in fresh processes: all at 100 classes; ours and the paper's at fewer, so that both can be fitted."""
     base = Job("mini" if context.tiny else MODEL, batch=2 if context.tiny else 32)
-    plan = [(10, ["fastlora", "the paper's arithmetic"]), (50, ["the paper's arithmetic"]), (100, MAIN)]
-    plan += [(1000, ["fastlora", "fastlora, share_prefix"])]
+    plan = [(10, ["fastlora", "the paper's arithmetic"]), (100, MAIN), (1000, OURS[:2])]
+    plan.append((50, ["the paper's arithmetic"]))  # whether its memory grows along a line
     rows = []
     for classes, names in plan[: 1 if context.tiny else None]:
         job = dataclasses.replace(base, classes=classes)
@@ -223,13 +228,13 @@ PARTS: dict[str, tuple[Callable[[Context], list[Row]], bool]] = {
 UNTIMED = ("gate", "memory", "counted")
 
 
-def do_part(name: str, run: int, out: Path, tiny: bool) -> None:
+def do_part(name: str, run: int, wide: int, out: Path, tiny: bool) -> None:
     """Measure one part in this process; its file appears when it is complete."""
     device = torch.device("cpu")
     limits = ceilings(device, torch.float32, 0.01 if tiny else 1.0, size=128 if tiny else None)
     path = out / f"run{run}-{name}.jsonl"
     begun = time.monotonic()
-    found = PARTS[name][0](Context(run, limits, tiny, out / "run1-gate.jsonl"))
+    found = PARTS[name][0](Context(run, wide, limits, tiny, out / "run1-gate.jsonl"))
     rows = Rows(path.with_suffix(".partial"), environment(device) | {"part": name, "run": run, "seed": 0})
     if name not in UNTIMED:
         rows.add({"row": "ceilings", **dataclasses.asdict(limits)})
@@ -244,7 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder for the raw rows")
     parser.add_argument("--runs", type=int, default=RUNS, help="whole runs")
-    parser.add_argument("--only", default="", help="only parts whose name holds this text")
+    parser.add_argument("--wide", type=int, default=1, help="whole runs with every contestant on the ViT-B-32")
+    parser.add_argument("--only", default="", help="only parts whose name this regular expression is found in")
     parser.add_argument("--fresh", action="store_true", help="remove the rows that are there, then measure; go on without it")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove nothing but that it runs")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -252,10 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part:
-        do_part(options.part, options.run, options.out, options.tiny)
+        do_part(options.part, options.run, options.wide, options.out, options.tiny)
         return 0
     plan = [(run, name) for run in range(1, options.runs + 1) for name, (_, again) in PARTS.items() if again or run == 1]
-    plan = [(run, name) for run, name in plan if options.only in name]
+    plan = [(run, name) for run, name in plan if re.search(options.only, name)]
     paths = {part: options.out / f"run{part[0]}-{part[1]}.jsonl" for part in plan}
     if options.fresh:  # all of them now, so that a run that was stopped goes on without --fresh
         for path in paths.values():
@@ -266,10 +272,11 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         print(f"\nrun {run}, {name}", flush=True)
         if options.tiny:
-            do_part(name, run, options.out, True)
+            do_part(name, run, options.wide, options.out, True)
             continue
         # a process each, so that no part is timed in the memory that another left behind
-        command = [sys.executable, str(Path(__file__)), "--part", name, "--run", str(run), "--out", str(options.out)]
+        command = [sys.executable, str(Path(__file__)), "--part", name, "--run", str(run)]
+        command += ["--wide", str(options.wide), "--out", str(options.out)]
         if subprocess.run(command, env=os.environ | {"PYTHONWARNINGS": "ignore"}).returncode:
             failed.append(f"run {run}, {name}")
     print(f"\nfailed: {', '.join(failed)}" if failed else f"\nall rows are in {options.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -35,7 +36,8 @@ def test_lora_linear(case: Case, contestant: Contestant, phase: str, benchmark: 
     """Gate first, then time; a red gate fails and gives no number."""
     if (reason := contestant.missing(case)) is not None and not (contestant.compiles and recorder.profile == "full"):
         pytest.skip(reason)
-    red = [line for ok, line in gate(contestant, case) if not ok]
+    if red := _red(contestant, case):
+        recorder.rows.add({"row": "op", "case": case.name, "contestant": contestant.name, "refused": red})
     assert not red, f"{contestant.name} is wrong, so it is not timed: {red}"
     benchmark.group = f"{case.name}, {phase}"
     sets = [InputSet.draw(case, number) for number in range(1, 3 if case.device == "cpu" else 9)]
@@ -59,6 +61,12 @@ def test_lora_linear(case: Case, contestant: Contestant, phase: str, benchmark: 
         row = {"row": "op", **case.row(), "contestant": contestant.name, "phase": phase, **timing.row(), **memory}
         row["share_of_roofline"] = roofline / timing.median
         benchmark.extra_info[timing.method] = row | recorder.add(row)
+
+
+@functools.cache
+def _red(contestant: Contestant, case: Case) -> list[str]:
+    """What the gate found wrong: asked once for all phases."""
+    return [line for ok, line in gate(contestant, case) if not ok]
 
 
 def _clock(benchmark: Any, calls: list[Any], recorder: Recorder) -> Timing:

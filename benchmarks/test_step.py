@@ -39,7 +39,11 @@ def test_step(case: Job, name: str, benchmark: Any, recorder: Recorder) -> None:
         pytest.skip(reason)
     if trainee.compiles and case.device == "cpu" and recorder.profile != "full":
         pytest.skip("compiling takes a minute a case on a CPU: --profile full")
-    contestant = checked(name, case)
+    try:
+        contestant = checked(name, case)
+    except AssertionError as error:
+        recorder.rows.add({"row": "step", **case.row(), "contestant": name, "refused": str(error)})
+        raise
     benchmark.group = case.name
     row: dict[str, Any] = {"row": "step", **case.row(), "contestant": name, "phase": "step"}
     numbers = itertools.cycle((1, 2))

@@ -88,6 +88,9 @@ def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert main(["--tiny", "--runs", "1", "--out", str(tmp_path)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert main(["--tiny", "--runs", "1", "--out", str(tmp_path), "--fresh", "--only", "^counted"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert [path.name for path in after if after[path] != before[path]] == ["run1-counted.jsonl"]
 
 
 def test_engines_are_held_against_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
