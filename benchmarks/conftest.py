@@ -52,6 +52,7 @@ def recorder(request: pytest.FixtureRequest) -> Iterator[Recorder]:
     yield config.stash[_RECORDER]
 
 
+@pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The same tables as `fastlora bench`, what the gate said, and where the rows lie."""
     if (recorder := config.stash.get(_RECORDER, None)) is None:

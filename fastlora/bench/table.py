@@ -43,12 +43,16 @@ class Table:
         return f"<h2>{html.escape(self.title)}</h2><table><tr>{row(self.heads, 'th')}</tr>{body}</table>{note}"
 
     def rich(self) -> Any:
-        """A rich.table.Table."""
+        """A rich.table.Table, as narrow as it can be: names of methods in one piece, for a terminal of 80 columns."""
+        from rich import box
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        table = RichTable(
+            title=self.title, caption=self.note or None, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )  # fmt: skip
         for i, head in enumerate(self.heads):
-            table.add_column(head, justify="right" if i >= self.text else "left", overflow="fold")
+            table.add_column(head, justify="right" if i >= self.text else "left", overflow="fold", no_wrap=head == "method")
         for cells in self.cells:
             table.add_row(*cells)
         return table

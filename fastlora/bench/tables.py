@@ -211,6 +211,8 @@ def memory(rows: list[Row]) -> Table | None:
     heads = ("step", "method", "peak", "growth over the state before the first step", "fastlora's peak over it")
     fewer = map(str, sorted({row["classes"] for row in pick(found, contestant=PAPER)}))
     note = f"ᵉ extrapolated: a line through {', '.join(fewer)} classes." if any("ᵉ" in cell[1] for cell in cells) else ""
+    if len({cell[0] for cell in cells}) == 1:  # a column of equal cells
+        return Table(f"Peak memory: {cells[0][0]}", heads[1:], [cell[1:] for cell in cells], note)
     return Table("Peak memory", heads, cells, note, 2) if cells else None
 
 
