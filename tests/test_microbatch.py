@@ -96,13 +96,14 @@ def test_nothing_at_a_time_is_told(count: int, size: int) -> None:
 
 
 def test_how_many_at_a_time() -> None:
-    encoder = ImageEncoder(tiny())  # 17 tokens an image
-    cpu = torch.device("cpu")
-    assert encoder.microbatch(32, cpu) == 32
-    assert encoder.microbatch(800, cpu) == 48
-    assert encoder.microbatch(320, cpu) == 46
+    encoder = ImageEncoder(tiny())
+    x = encoder.model.visual.positional_embedding.numel()
+    enough, cpu = 800 * 768 // x, torch.device("cpu")  # images whose tokens are as many numbers as 800 of a ViT-B
+    assert encoder.microbatch(enough, cpu) == enough
+    assert encoder.microbatch(2 * enough, cpu) == enough
+    assert encoder.microbatch(11 * enough // 4, cpu) == -(-(11 * enough // 4) // 3)  # three equal parts, not two and a rest
     assert encoder.microbatch(0, cpu) == 0
-    assert encoder.microbatch(800, torch.device("cuda")) == 800
+    assert encoder.microbatch(5 * enough, torch.device("cuda")) == 5 * enough
 
 
 class TestInTheTrainer:

@@ -14,8 +14,8 @@ from .towers import VisionTower, seed_for, vision_tower
 
 __all__ = ["ImageEncoder", "encode_image"]
 
-# Rows of a microbatch on a CPU: products of fewer are slower, more fill the memory.
-_ROWS = 800
+# Numbers of x in a microbatch on a CPU, 800 rows of a ViT-B: products of fewer are slower, more fill the memory.
+_ENOUGH = 800 * 768
 
 
 def encode_image(
@@ -63,7 +63,7 @@ class ImageEncoder:
         """
         if device.type != "cpu" or not isinstance(self._tower, VisionTower):
             return count
-        parts = max(1, round(count * len(self._tower.host.positional_embedding) / _ROWS))
+        parts = max(1, round(count * self._tower.host.positional_embedding.numel() / _ENOUGH))
         return -(-count // parts)
 
     def __call__(
