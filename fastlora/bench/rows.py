@@ -41,7 +41,8 @@ WHY_NOT = frozenset(("refused", "skipped", "failed"))
 def read(path: Path) -> list[Row]:
     """The rows of a .jsonl file, or of all below a folder, each with its file's header under "env" and ceilings under "limits".
 
-    Rows without a time are of the kind "not timed", whatever was to be timed.
+    Rows without a time are of the kind "not timed", whatever was to be timed. "gemm_flops" is the machine's GEMM speed, the
+    median over the files: each was measured within a second, which another program may have spoilt.
 
     Raises:
         UserError: nothing there, or a line that is no row.
@@ -51,7 +52,20 @@ def read(path: Path) -> list[Row]:
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"ROWS {path} holds no .jsonl file")
-    return [row for file in files for row in _read(file)]
+    rows = [row for file in files for row in _read(file)]
+    speeds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "flops" in row["limits"]:
+            speeds.setdefault(_machine(row), {})[row["file"]] = row["limits"]["flops"]
+    for row in rows:
+        if found := speeds.get(_machine(row)):
+            row["gemm_flops"] = statistics.median(found.values())
+    return rows
+
+
+def _machine(row: Row) -> str:
+    """What a GEMM speed belongs to."""
+    return " ".join(str(row["env"].get(key)) for key in ("cpu", "gpu", "threads")) + str(row["limits"].get("dtype"))
 
 
 def _read(file: Path) -> list[Row]:
@@ -133,5 +147,5 @@ def shares(rows: list[Row], name: str) -> list[float]:
     """Of each run a step's share of the GEMM speed measured beside it; FLOPs are counted in one run and the same in all."""
     mine = pick(rows, contestant=name)
     flops = median(mine, "flops")
-    timed = [row for row in mine if "median_ms" in row and row["limits"].get("flops")]
-    return [flops / (row["median_ms"] / 1e3) / row["limits"]["flops"] for row in timed] if flops else []
+    timed = [row for row in mine if "median_ms" in row and "gemm_flops" in row]
+    return [flops / (row["median_ms"] / 1e3) / row["gemm_flops"] for row in timed] if flops else []
