@@ -20,7 +20,7 @@ OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 def _stopped(process: subprocess.Popen[str]) -> str:
     """Interrupt pytest, which then says what failed so far; end its workers too, which would disturb what is timed next."""
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: a worker that is not told keeps the others waiting
     try:
         output, _ = process.communicate(timeout=30)
     except subprocess.TimeoutExpired:
