@@ -15,6 +15,10 @@ from run import Run
 
 # How many tests run side by side: Triton's compiler, not the GPU, is what they wait for.
 WORKERS = max(1, min(12, (os.cpu_count() or 1) - 2))
+# What a shell starts in the background ignores Ctrl-C, and so would pytest.
+PYTEST = (
+    "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main(sys.argv[1:]))"
+)
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
@@ -42,7 +46,7 @@ def run_tests(run: Run, limit: float, which: str) -> bool:
         options += ["-n", str(WORKERS)]
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "tests", *options],
+        [sys.executable, "-c", PYTEST, "tests", *options],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     ending = "stopped at the limit"
