@@ -31,17 +31,13 @@ class HostText(FastLoRA):
 class HostImage(FastLoRA):
     """The image tower as the host runs it."""
 
-    image_features = Patched.image_features
-
-    def microbatch(self, count: int) -> int:
-        return count
+    image_features, in_parts = Patched.image_features, False
 
 
 class AllImages(FastLoRA):
     """All images at once."""
 
-    def microbatch(self, count: int) -> int:
-        return count
+    in_parts = False
 
 
 @contextlib.contextmanager

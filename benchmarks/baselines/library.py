@@ -47,6 +47,7 @@ class FastLoRA(Patched):
 
     name, packs = "fastlora", True
     share_prefix = False
+    in_parts = True  # images some at a time, where the library does that
 
     def install(self, adapters: Adapters) -> None:
         super().install(adapters)
@@ -63,18 +64,15 @@ class FastLoRA(Patched):
         assert (first, last) == (0, None), "all prompts are packed together"
         return self.text()
 
-    def microbatch(self, count: int) -> int:
-        """How many of `count` images are computed at a time."""
-        return self.images.microbatch(count, torch.device(self.job.device))
-
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         count = len(images)
-        if (size := self.microbatch(count)) >= count:
+        size = self.images.microbatch(count, images.device) if self.in_parts else count
+        if size >= count:
             return super().loss(images, labels)
         seed, ids = torch.randint(2**62, ()), torch.arange(count)
 
         def part(text: Tensor, rows: slice) -> Tensor:
-            image = F.normalize(self.images(images[rows], seed, ids=ids[rows]), dim=-1)
+            image = self.images(images[rows], seed, normalize=True, ids=ids[rows])
             return F.cross_entropy(100.0 * image @ text.T, labels[rows], reduction="sum") / count
 
         text = F.normalize(self.text_features(), dim=-1)
@@ -90,7 +88,4 @@ class SharedPrefix(FastLoRA):
 class CompiledFastLoRA(Compiled, FastLoRA):
     """Both encoders by torch.compile."""
 
-    name = "fastlora, compiled"
-
-    def microbatch(self, count: int) -> int:
-        return count
+    name, in_parts = "fastlora, compiled", False

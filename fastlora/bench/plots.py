@@ -43,12 +43,8 @@ def _figure(rows: int, columns: int, width: float, height: float, ratios: list[f
     return figure, axes
 
 
-def _bars(axis: Any, values: dict[str, float], text: Callable[[float], str], title: str, places: int) -> None:
+def _bars(axis: Any, values: dict[str, float], labels: dict[str, str], title: str, places: int) -> None:
     """Horizontal bars, the first one on top; places: those of the fullest panel, so that bars are as thick in all."""
-    _labelled(axis, values, {name: text(value) for name, value in values.items()}, title, places)
-
-
-def _labelled(axis: Any, values: dict[str, float], labels: dict[str, str], title: str, places: int) -> None:
     names = list(values)[::-1]
     bars = axis.barh(names, [values[n] for n in names], color=[COLOURS.get(n, SOFT) for n in names], height=0.72)
     axis.bar_label(bars, [labels[n] for n in names], padding=4, color=INK, fontsize=9)
@@ -77,7 +73,7 @@ def _panels(groups: dict[str, dict[str, float]], text: Callable[[float], str], s
     heights = [0.9 + 0.3 * places for places in longest]
     figure, axes = _figure(rows, columns, 5.6 * columns, sum(heights) + 0.4, heights)
     for i, (axis, (title, values)) in enumerate(zip(axes.flat, groups.items(), strict=False)):
-        _bars(axis, values, text, title, longest[i // columns])
+        _bars(axis, values, {name: text(value) for name, value in values.items()}, title, longest[i // columns])
     for axis in list(axes.flat)[len(groups) :]:
         axis.set_axis_off()
     figure.suptitle(suptitle, x=0.01, ha="left", fontsize=12)
@@ -202,7 +198,7 @@ def hero(rows: list[Row]) -> Any:
     figure, axes = _figure(1, len(groups), 4.0 * len(groups), 2.6)
     for i, (axis, (title, values)) in enumerate(zip(axes.flat, groups.items(), strict=True)):
         labels = {name: ratios_of(v, 1, " ×") for name, v in values.items()}
-        _labelled(axis, {name: statistics.median(v) for name, v in values.items()}, labels, title, len(values))
+        _bars(axis, {name: statistics.median(v) for name, v in values.items()}, labels, title, len(values))
         if i:
             axis.set_yticks([])
     title = "A training step of ViT-B-32: time over fastlora's, less is better (± between whole runs)"

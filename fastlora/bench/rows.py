@@ -144,7 +144,7 @@ def over(rows: list[Row], name: str, base: str) -> list[float]:
 
 
 def shares(rows: list[Row], name: str) -> list[float]:
-    """Of each run a step's share of the GEMM speed measured beside it; FLOPs are counted in one run and the same in all."""
+    """Of each run a step's share of the machine's GEMM speed; FLOPs are counted in one run and the same in all."""
     mine = pick(rows, contestant=name)
     flops = median(mine, "flops")
     timed = [row for row in mine if "median_ms" in row and "gemm_flops" in row]
