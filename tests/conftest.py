@@ -24,6 +24,22 @@ if not torch.cuda.is_available():
     repair_interpreter()
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny CLIP on the disk: its name for --model."""
+    from pictures import tiny_clip
+
+    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight pictures."""
+    from pictures import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("data") / "pictures", ("red", "green", "blue"), images=8)
+
+
 @pytest.fixture
 def fastlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command line in this process: arguments -> pictures.Ran."""

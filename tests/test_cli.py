@@ -16,14 +16,9 @@ from fastlora import cli
 from fastlora.fewshot import datasets, models
 from fastlora.fewshot.datasets import generated
 from fastlora.fewshot.datasets.generated import Mini
-from pictures import command, make_folder, one_line, tiny_clip, train_arguments
+from pictures import command, make_folder, one_line, train_arguments
 
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fastlora.fewshot.halves import base_and_new, harmonic_mean
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder
 from fastlora.fewshot.trainer import Job
-from pictures import make_folder, tiny_clip
+from pictures import make_folder
 
 QUIET = Console(quiet=True)
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
@@ -49,11 +49,6 @@ class TestHalves:
     def test_harmonic_mean(self) -> None:
         assert harmonic_mean(80, 60) == pytest.approx(2 / (1 / 80 + 1 / 60))
         assert harmonic_mean(0, 0) == 0 == harmonic_mean(50, 0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

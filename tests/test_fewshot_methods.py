@@ -22,7 +22,7 @@ from fastlora.fewshot.runfolder import RunFolder
 from fastlora.fewshot.shared import Shared
 from fastlora.fewshot.trainer import Job
 from models import tiny
-from pictures import make_folder, tiny_clip
+from pictures import make_folder
 
 QUIET = Console(quiet=True)
 NONE = (torch.empty(0, 16), torch.empty(0, dtype=torch.int64))
@@ -144,11 +144,6 @@ class TestCoOp:
         (tmp_path / "c").write_bytes(b"no context")
         with pytest.raises(UserError, match="is not a context that coop saved"):
             coop.load(embedding, tmp_path / "c")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

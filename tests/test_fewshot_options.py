@@ -28,20 +28,9 @@ from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder
 from fastlora.fewshot.trainer import Job
 from models import tiny
-from pictures import make_folder, tiny_clip
 
 QUIET = Console(quiet=True)
 TEMPLATES = ("a photo of a {}.", "a drawing of the {}.", "{}")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("data") / "pictures", ("red", "green", "blue"), images=8)
 
 
 def recipe(model: str, **changes: Any) -> Recipe:

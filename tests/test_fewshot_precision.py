@@ -25,7 +25,6 @@ from fastlora.fewshot.runfolder import RunFolder
 from fastlora.fewshot.trainer import Job
 from loops import CLASSES, loop, losses, weights
 from models import tiny
-from pictures import make_folder, tiny_clip
 
 QUIET = Console(quiet=True)
 BF16 = torch.bfloat16
@@ -127,16 +126,6 @@ def test_what_is_cast(dtype: torch.dtype) -> None:
     assert not any("dtype" in name for module in host.modules() for name in vars(module))
     with frozen_in(None, host):
         assert {p.dtype for p in host.parameters()} == {torch.float32}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("data") / "pictures", ("red", "green", "blue"), images=8)
 
 
 def whole_run(model: str, data: Path, out: Path, resume: bool = False, **changes: Any) -> None:

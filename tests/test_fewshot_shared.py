@@ -16,21 +16,11 @@ from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.shared import Shared
 from fastlora.fewshot.trainer import Job
-from pictures import make_folder, tiny_clip
+from pictures import make_folder
 
 QUIET = Console(quiet=True)
 CHANGES = ({"method": "lora"}, {"method": "full"}, {"lr": 1e30}, {"precision": "bf16"}, {"precision": "bf16", "lr": 1e30})
 METHODS = ("lora", "full", "lora", "linear-probe")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("data") / "pictures", ["red", "green", "blue"], images=8)
 
 
 def run(model: str, data: Path, out: Path, shared: Shared, brief: bool = True, **changes: Any) -> dict[str, Any]:

@@ -27,16 +27,11 @@ from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder, atomic
 from fastlora.fewshot.signals import Signals
 from fastlora.fewshot.trainer import Job
-from pictures import command, make_folder, photo, tiny_clip, train_arguments
+from pictures import command, make_folder, photo, train_arguments
 
 QUIET = Console(quiet=True)
 CLASSES = ("red thing", "grün", "blue_thing")
 RUN_FILES = {"config.json", "split.json", "metrics.json", "history.csv", "predictions.csv", "report.html", "log"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

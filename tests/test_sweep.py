@@ -21,15 +21,10 @@ from fastlora.fewshot.shared import Shared
 from fastlora.fewshot.sweep import render, results, runner, tables
 from fastlora.fewshot.sweep.execute import BUSY, Place, execute, locked
 from fastlora.fewshot.sweep.grid import Grid, parse
-from pictures import command, make_folder, tiny_clip
+from pictures import command, make_folder
 
 QUIET = Console(quiet=True)
 VOLATILE = ("seconds", "train_seconds", "steps_per_second", "memory", "date")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
