@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastlora.bench import plots, tables
 from fastlora.bench.page import page
-from fastlora.bench.rows import MODEL, fit, over, pick, read, spread
+from fastlora.bench.rows import MODEL, fit, over, pick, read, shares, spread
 from fastlora.bench.targets import targets
 from fastlora.cli import app
 from fastlora.fewshot.errors import UserError
@@ -165,6 +165,14 @@ def test_of_a_single_run_the_spread_is_that_of_its_steps(tmp_path: Path) -> None
     made = {table.title.split(":")[0]: table for table in tables.everything(read(file))}
     assert [cells[3] for cells in made["One training step"].cells] == ["1.00", "3.50 ± 14 %"]
     assert [cells[2:] for cells in made["Kept memory"].cells] == [("10 ms", "1.00", "1"), ("21 ms", "2.10 ± 5 %", "6,000")]
+
+
+def test_one_noisy_second_makes_no_share(tmp_path: Path) -> None:
+    """Three processes, of which one measured half of the machine's GEMM speed: its step counts like the others."""
+    for run, flops in ((1, 1e11), (2, 1e11), (3, 0.5e11)):
+        lines = [ENV, LIMITS | {"flops": flops}, step("fastlora", 10, 2000.0, run) | {"flops": 1e11}]
+        (tmp_path / f"run{run}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert shares(read(tmp_path), "fastlora") == [0.5, 0.5, 0.5]
 
 
 def test_fit_finds_the_exponent() -> None:

@@ -26,6 +26,16 @@ def test_packed_qkv_keeps_its_input_and_little_else(dropout: float) -> None:
     assert sum(kept.values()) <= 1.1 * x.nbytes
 
 
+def test_what_parts_of_a_pass_keep_one_after_another_counts_once() -> None:
+    w, parts = torch.randn(8, requires_grad=True), (torch.randn(50, 8), torch.randn(100, 8), torch.randn(80, 8))
+
+    def forward() -> None:
+        for part in parts:
+            torch.autograd.grad((part * w).sum(), w)
+
+    assert kept_for_backward(forward, [w]) == {parts[1].untyped_storage().data_ptr(): parts[1].nbytes}
+
+
 def test_a_frozen_linear_keeps_no_input() -> None:
     layer = nn.Linear(64, 64).requires_grad_(False)
     x = torch.randn(8, 64).requires_grad_()

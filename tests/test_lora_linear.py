@@ -60,6 +60,7 @@ CASES = {
     "packed-k-nobias": Case(active=(False, True, False), bias=False),
     "one-row": Case(m=1),
     "rank-1-p0.1": Case(rank=1, dropout=0.1),
+    "many-rows": Case(m=1100, rank=2),  # more than a CPU's thin products take at a time
     "two-groups-wide": Case(n=260, k=300, rank=5, active=(True, True), dropout=0.5),
 }
 # Triton without a GPU means its interpreter: a second a call, so it runs what the others run at a few small shapes
