@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # torch 2.11 is the oldest on which the suite was run: varlen attention's arguments and library ops have this form since then.
 # triton 3.6 is what torch 2.11 ships. Everything else takes any version that pip finds fit.
@@ -50,6 +50,10 @@ setup(
         "fastlora": ["py.typed", "mini/*.json", "mini/*.safetensors", "mini/*.md"],
         "fastlora.fewshot.sweep": ["paper.json", "presets/*.yaml"],
     },
+    # a plain C library, found by its path: fastlora.thin. Without a C compiler torch's own products serve.
+    ext_modules=[
+        Extension("fastlora.kernels._thin", ["kernels/thin.c"], extra_compile_args=["-O3", "-pthread"], optional=True)
+    ],
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fastlora = fastlora.cli:main"]},

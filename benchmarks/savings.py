@@ -12,7 +12,7 @@ from torch import Tensor
 
 from baselines import TRAINEES, Job, Trainee
 from baselines.library import FastLoRA, Patched
-from fastlora import products
+from fastlora import products, thin
 from fastlora.encoders import blocks, image, text
 from fastlora.fewshot import memory
 from measure import summary
@@ -77,6 +77,7 @@ SAVINGS: dict[str, tuple[type[Patched], Without]] = {
     "frozen MLPs some rows at a time": (FastLoRA, lambda: _instead(_never, (blocks, "serves"))),
     "images some at a time": (AllImages, contextlib.nullcontext),
     "oneDNN's products": (FastLoRA, lambda: _instead(_never, (products, "_onednn"))),
+    "compiled products with R columns": (FastLoRA, lambda: _instead(_never, (thin, "serves"))),
     "LayerNorm computed again in backward": (FastLoRA, lambda: _instead(_kept, (blocks, "_recomputed"))),
 }  # fmt: skip
 TOGETHER = {"all of these": "fastlora, host's encoders", "those, and the packed q, k, v": "textbook"}

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import thin  # noqa: F401  its ops, which count_flops counts
+
 __all__ = [
     "CLIP_SHAPES",
     "assert_within_budget",
@@ -81,7 +83,7 @@ def count_flops(step: Callable[[], object]) -> int:
     """FLOPs of the products and attentions in `step`, forward and backward, a causal mask not taken off.
 
     As torch's counter sees them, and what it leaves out on a CPU: oneDNN's products, those that add to their first argument,
-    and attention.
+    attention, and fastlora's own.
     """
     from torch.utils import flop_counter as torchs  # imports Triton, which reads TRITON_INTERPRET then
 
@@ -97,12 +99,24 @@ def count_flops(step: Callable[[], object]) -> int:
     def attention_backward(dy: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return torchs.sdpa_backward_flop_count(dy, q, k, v)
 
-    aten = torch.ops.aten
+    def shrink(x: Any, a: Any, *_: Any, **__: Any) -> int:
+        return 2 * x[0] * math.prod(a)
+
+    def shrink_backward(_: Any, x: Any, a: Any, dx: Any, *__: Any, **___: Any) -> int:
+        return shrink(x, a) * (1 if dx is None else 2)
+
+    def expand_backward(dy: Any, _: Any, b: Any, *__: Any, **___: Any) -> int:
+        return 2 * shrink(dy, b)
+
+    aten, ours = torch.ops.aten, torch.ops.fastlora
     unseen = {
         torch.ops.mkldnn._linear_pointwise: product,
         aten.addmm_: added,
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        ours.shrink: shrink,
+        ours.shrink_backward: shrink_backward,
+        ours.expand_backward: expand_backward,
     }
     with torchs.FlopCounterMode(display=False, custom_mapping=unseen) as counter:
         step()

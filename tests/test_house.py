@@ -49,7 +49,7 @@ LAYERS = [
     ["autograd"],
     ["backend"],
     ["eager", "kernels"],
-    ["reference", "products"],
+    ["reference", "products", "thin"],
     ["rng"],
     ["config"],
 ]
