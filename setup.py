@@ -50,9 +50,16 @@ setup(
         "fastlora": ["py.typed", "mini/*.json", "mini/*.safetensors", "mini/*.md"],
         "fastlora.fewshot.sweep": ["paper.json", "presets/*.yaml"],
     },
-    # a plain C library, found by its path: fastlora.thin. Without a C compiler torch's own products serve.
+    # a plain C library, found by its path: fastlora.cpu. Without a C compiler torch's own products serve.
     ext_modules=[
-        Extension("fastlora.kernels._thin", ["kernels/thin.c"], extra_compile_args=["-O3", "-pthread"], optional=True)
+        Extension(
+            "fastlora.kernels._cpu",
+            [f"kernels/{name}.c" for name in ("cpu", "thin", "short_attention")],
+            depends=[f"kernels/{name}.h" for name in ("cpu", "each_width", "vectors")],
+            extra_compile_args=["-O3", "-pthread"],
+            libraries=["m"],
+            optional=True,
+        )
     ],
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

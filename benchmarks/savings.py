@@ -13,7 +13,7 @@ from torch import Tensor
 from baselines import TRAINEES, Job, Trainee
 from baselines.library import FastLoRA, Patched
 from fastlora import products, thin
-from fastlora.encoders import blocks, image, text
+from fastlora.encoders import blocks, image, short_attention, text
 from fastlora.fewshot import memory
 from measure import summary
 from memory import counts, ready
@@ -78,6 +78,7 @@ SAVINGS: dict[str, tuple[type[Patched], Without]] = {
     "images some at a time": (AllImages, contextlib.nullcontext),
     "oneDNN's products": (FastLoRA, lambda: _instead(_never, (products, "_onednn"))),
     "compiled products with R columns": (FastLoRA, lambda: _instead(_never, (thin, "serves"))),
+    "compiled attention over short sequences": (FastLoRA, lambda: _instead(_never, (short_attention, "serves"))),
     "LayerNorm computed again in backward": (FastLoRA, lambda: _instead(_kept, (blocks, "_recomputed"))),
 }  # fmt: skip
 TOGETHER = {"all of these": "fastlora, host's encoders", "those, and the packed q, k, v": "textbook"}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import thin  # noqa: F401  its ops, which count_flops counts
+from .encoders import short_attention  # noqa: F401  likewise
 
 __all__ = [
     "CLIP_SHAPES",
@@ -108,6 +109,15 @@ def count_flops(step: Callable[[], object]) -> int:
     def expand_backward(dy: Any, _: Any, b: Any, *__: Any, **___: Any) -> int:
         return 2 * shrink(dy, b)
 
+    def short(q: Any, k: Any, _: Any, heads: int, prefix: int, runs: Any, causal: bool, pooled: bool, **__: Any) -> int:
+        pairs = 0 if pooled else prefix * prefix
+        for count, length in zip(runs[::2], runs[1::2], strict=True):
+            pairs += count * (prefix + length) * (1 if pooled else length)
+        return 4 * pairs * q[1]
+
+    def short_backward(_: Any, q: Any, k: Any, v: Any, dq: Any, dk: Any, dv: Any, *rest: Any, **__: Any) -> int:
+        return short(q, k, v, *rest) * 5 // 2  # q kᵀ again, and four products
+
     aten, ours = torch.ops.aten, torch.ops.fastlora
     unseen = {
         torch.ops.mkldnn._linear_pointwise: product,
@@ -117,6 +127,8 @@ def count_flops(step: Callable[[], object]) -> int:
         ours.shrink: shrink,
         ours.shrink_backward: shrink_backward,
         ours.expand_backward: expand_backward,
+        ours.short_attention: short,
+        ours.short_attention_backward: short_backward,
     }
     with torchs.FlopCounterMode(display=False, custom_mapping=unseen) as counter:
         step()

@@ -2,66 +2,26 @@
 
     s = D(x) Aᵀ        dA = dsᵀ D(x),  dx += Dᵀ(ds A)        ds = dy B,  dBᵀ = sᵀ dy
 
-As dispatcher ops, so that fake tensors and counters of FLOPs see them. Where there was no C compiler when the package was
-installed, `serves` is never true and fastlora.eager takes torch's own products.
+As dispatcher ops, so that fake tensors and counters of FLOPs see them. Where `serves` is not true, fastlora.eager takes torch's
+own products.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int64
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import rng
+from . import cpu, rng
 
-__all__ = ["available", "expand_backward", "lanes", "serves", "shrink", "shrink_backward"]
+__all__ = ["expand_backward", "serves", "shrink", "shrink_backward"]
 
 # Above it the products are no longer thin: a BLAS is as fast.
 _MOST_RANK = 16
 # The columns of a group come in whole vectors of the widest kind.
 _COLUMNS = 16
-
-_ARGUMENTS = (
-    c_void_p, c_int64, c_int64, c_int64,  # x, its row stride, m, k
-    c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,  # a, s, ds, dx, da
-    c_void_p, c_int64, c_int64,  # starts, g, r
-    c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_float,  # rows, groups, seed, site, j, planes, factor
-    c_int, c_int,  # threads, lanes
-)  # fmt: skip
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    # beside the Triton kernels, without their package: it is a library, no Python module
-    spec = importlib.util.find_spec("fastlora.kernels._thin")
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
-    library.fastlora_thin.argtypes = _ARGUMENTS
-    return library
-
-
-def available() -> bool:
-    """Whether the kernels were compiled when the package was installed."""
-    return _library() is not None
-
-
-@functools.cache
-def lanes(most: int = 16) -> int:
-    """How many floats a vector holds here, `most` at most: 16 with AVX-512, 8 with AVX2, else 4.
-
-    Raises:
-        RuntimeError: the kernels are not available.
-    """
-    library = _library()
-    if library is None:
-        raise RuntimeError("fastlora.kernels._thin was not compiled: install a C compiler, then fastlora again")
-    return library.fastlora_lanes(most)
 
 
 def serves(x: Tensor, rank: int, width: int) -> bool:
@@ -72,7 +32,7 @@ def serves(x: Tensor, rank: int, width: int) -> bool:
         and rank <= _MOST_RANK
         and width % _COLUMNS == 0
         and x.stride(1) == 1
-        and available()
+        and cpu.available()
     )
 
 
@@ -99,21 +59,17 @@ def _call(
     dx: Tensor | None = None, da: Tensor | None = None, seed: Tensor | None = None, rows: Tensor | None = None, p: float = 0.0,
     site: int = 0, groups: list[int] | None = None,
 ) -> None:  # fmt: skip
-    library, (g, r, _) = _library(), a.shape
-    assert library is not None
+    g, r, _ = a.shape
     a = a.contiguous()
     ds = None if ds is None else ds.contiguous()
     rows = None if rows is None else rows.to(torch.int64).contiguous()
     j, planes = (0, 0) if seed is None else rng.bit_planes(p)
     array = c_int64 * g
-    held = (x, a, s, ds, dx, da, rows)  # alive until the call is over
-    x_, a_, s_, ds_, dx_, da_, rows_ = (None if t is None else t.data_ptr() for t in held)
-    failed = library.fastlora_thin(
-        x_, x.stride(0), len(x), k, a_, s_, ds_, dx_, da_, array(*starts), g, r, rows_, array(*(groups or [0] * g)),
-        0 if seed is None else int(seed), site, j, planes, 1.0 / (1.0 - j / 2**planes), torch.get_num_threads(), lanes(),
+    cpu.call(
+        "fastlora_thin",
+        x, x.stride(0), len(x), k, a, s, ds, dx, da, array(*starts), g, r, rows, array(*(groups or [0] * g)),
+        0 if seed is None else int(seed), site, j, planes, 1.0 / (1.0 - j / 2**planes),
     )  # fmt: skip
-    if failed:
-        raise MemoryError(f"no memory for the sums of {g} × {r} × {k} gradients on {torch.get_num_threads()} threads")
 
 
 _MASK = "Tensor? seed, Tensor? rows, float p, int site, int[] groups"

@@ -6,24 +6,11 @@ A BLAS is made for large products: with a few columns it reads x at a fraction o
 its own. Here x is read once for all groups, sixteen rows at a time, and the mask's bits, those of fastlora.rng, are drawn where
 they are used. Without D and with the columns of each group the same two loops are ds = dy B and dBᵀ = sᵀ dy.
 
-The file includes itself once for each instruction set; the machine that runs it chooses. */
+The file is compiled once for each width of vectors (each_width.h); the machine that runs it chooses. */
 
 #ifndef LANES
 
-#include <pthread.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define NAME(stem) JOIN(JOIN(stem, _), LANES)
+#include "cpu.h"
 
 enum { ROWS = 16, COLUMNS = 128, WORDS = COLUMNS / 32, ROUNDS = 7 };
 
@@ -48,42 +35,10 @@ struct part {
     int64_t first, last;
     uint32_t *words;
     float *da;
-    void (*run)(const struct part *);
 };
 
-#if defined(__x86_64__)
-#define LANES 16
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#include "thin.c"
-#undef LANES
-#undef TARGET
-#define LANES 8
-#define TARGET __attribute__((target("avx2,fma")))
-#include "thin.c"
-#undef LANES
-#undef TARGET
-#endif
-#define LANES 4
-#define TARGET
-#include "thin.c"
-
-/* The widest vectors of this machine, at most so many floats: 16, 8 or 4. */
-int fastlora_lanes(int most) {
-#if defined(__x86_64__)
-    if (most >= 16 && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl"))
-        return 16;
-    if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return 8;
-#endif
-    (void)most;
-    return 4;
-}
-
-static void *enter(void *part) {
-    ((const struct part *)part)->run(part);
-    return NULL;
-}
+#define SELF "thin.c"
+#include "each_width.h"
 
 /* s and dA are written, dx is added to. 0, or 1 where there is no memory: then nothing was written. */
 int fastlora_thin(const float *x, int64_t stride, int64_t m, int64_t k, const float *a, float *s, const float *ds, float *dx,
@@ -94,54 +49,33 @@ int fastlora_thin(const float *x, int64_t stride, int64_t m, int64_t k, const fl
         {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32) ^ (uint32_t)site * 0x9E3779B9u}, (uint32_t)j, (uint32_t)planes, factor,
     };
     const int64_t tiles = (m + ROWS - 1) / ROWS, blocks = (k + COLUMNS - 1) / COLUMNS;
-    const int64_t most = tiles / 8; /* to start a thread takes as long as some tiles */
+    const int64_t most = tiles / 8; /* threads take time to wake */
     const int n = most < 1 ? 1 : most < threads ? (int)most : threads;
     const size_t words = (size_t)blocks * WORDS * ROWS, sums = da ? (size_t)(g * r * k) : 0;
     struct part *const parts = calloc((size_t)n, sizeof *parts);
-    pthread_t *const ids = calloc((size_t)n, sizeof *ids);
-    char *const started = calloc((size_t)n, 1);
     uint32_t *const space = calloc((size_t)n * (words + sums), sizeof *space);
-    if (!parts || !ids || !started || !space) {
-        free(parts), free(ids), free(started), free(space);
+    if (!parts || !space) {
+        free(parts), free(space);
         return 1;
     }
     for (int i = 0; i < n; i++) {
         uint32_t *const own = space + (size_t)i * (words + sums);
         const int64_t first = tiles * i / n * ROWS, last = tiles * (i + 1) / n * ROWS;
-        parts[i] = (struct part){&job, first, last < m ? last : m, own, (float *)(own + words), pass_4};
-#if defined(__x86_64__)
-        parts[i].run = lanes == 16 ? pass_16 : lanes == 8 ? pass_8 : pass_4;
-#endif
+        parts[i] = (struct part){&job, first, last < m ? last : m, own, (float *)(own + words)};
     }
-    (void)lanes;
-    for (int i = 1; i < n; i++)
-        started[i] = pthread_create(&ids[i], NULL, enter, &parts[i]) == 0;
-    for (int i = 0; i < n; i++)
-        if (!started[i])
-            enter(&parts[i]);
-    for (int i = 1; i < n; i++)
-        if (started[i])
-            pthread_join(ids[i], NULL);
+    fastlora_run(CHOOSE(pass, lanes), parts, sizeof *parts, n, threads);
     for (size_t c = 0; c < sums; c++) {
         float sum = parts[0].da[c];
         for (int i = 1; i < n; i++)
             sum += parts[i].da[c];
         da[c] = sum;
     }
-    free(parts), free(ids), free(started), free(space);
+    free(parts), free(space);
     return 0;
 }
 
-#else /* for each instruction set */
+#else /* for each width of vectors */
 
-typedef float NAME(vf) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t NAME(vi) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t NAME(vu) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define vf NAME(vf)
-#define vi NAME(vi)
-#define vu NAME(vu)
-#define LOAD(p) (*(const vf *)(p))
-#define SPLAT(f) ((f) - (vf){0})
 /* rows whose sums are kept in registers side by side */
 #define ABREAST (LANES == 16 ? 4 : 2)
 
@@ -226,14 +160,8 @@ TARGET INLINE void NAME(dot)(const float *const *x, const float *a, int64_t k, c
                 sum[row][rank] += v * LOAD(a + rank * k + c);
         }
     for (int row = 0; row < ABREAST; row++)
-        for (int rank = 0; rank < ranks; rank++) {
-            float half[LANES];
-            memcpy(half, &sum[row][rank], sizeof half);
-            for (int width = LANES / 2; width; width /= 2)
-                for (int i = 0; i < width; i++)
-                    half[i] += half[i + width];
-            sums[row][rank] = half[0];
-        }
+        for (int rank = 0; rank < ranks; rank++)
+            sums[row][rank] = NAME(sum)(&sum[row][rank]);
 }
 
 /* da [ranks, columns] += dsᵀ D(x), dx += Dᵀ(ds a), of n rows. Summed over the tile before it is added: sums of sums err less. */
@@ -259,12 +187,12 @@ TARGET INLINE void NAME(outer)(const struct job *job, int n, int64_t columns, co
             if (dx) {
                 if (masked)
                     NAME(keep)(&add, drop);
-                *(vf *)(dx + row * job->k + c) += add;
+                STORE(dx + row * job->k + c, LOAD(dx + row * job->k + c) + add);
             }
         }
 #pragma GCC unroll 4
         for (int rank = 0; rank < ranks; rank++)
-            *(vf *)(da + rank * job->k + c) += sum[rank];
+            STORE(da + rank * job->k + c, LOAD(da + rank * job->k + c) + sum[rank]);
     }
 }
 
@@ -314,7 +242,8 @@ TARGET INLINE void NAME(outers)(const struct part *part, int64_t first, int n, i
     while (0)
 
 /* All rows of a part, a tile at a time, ranks by fours, twos and ones. */
-TARGET static void NAME(pass)(const struct part *part) {
+TARGET static void NAME(pass)(void *given) {
+    const struct part *const part = given;
     const struct job *const job = part->job;
     const int masked = job->planes > 0;
     const int64_t blocks = (job->k + COLUMNS - 1) / COLUMNS;
@@ -344,10 +273,5 @@ TARGET static void NAME(pass)(const struct part *part) {
 
 #undef SOME
 #undef ABREAST
-#undef SPLAT
-#undef LOAD
-#undef vu
-#undef vi
-#undef vf
 
 #endif

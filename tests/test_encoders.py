@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import encoders, functional
+from fastlora import cpu, encoders, functional
 from fastlora.adapters import lora_parameters
 from fastlora.testing import assert_within_budget, assert_within_expected_budget
 
@@ -466,8 +466,8 @@ class TestWhatIsKeptForBackward:
             yield saved
 
     @pytest.mark.parametrize("name", ["clip", "quickgelu"])
-    def test_a_block_keeps_ten_inputs(self, name: str, kept: dict[int, int]) -> None:
-        """x; q, k, v; attention's result; x after attention; four of c_fc: no LayerNorm output, no activation, no sigmoid."""
+    def test_a_block_keeps_nine_inputs(self, name: str, kept: dict[int, int]) -> None:
+        """x; q, k, v; x after attention; four of c_fc: no LayerNorm output, no activation; torch's attention its result too."""
         model = build(name, targets=("q", "k", "v"))
         tower = model.visual.transformer
         x = torch.randn(6 * 17, 64, requires_grad=True)
@@ -479,7 +479,8 @@ class TestWhatIsKeptForBackward:
         small = 6 * 17 * (12 + 4 * 2 + 4) * 4  # s; mean and deviation of two norms; logsumexp of four heads
         weights = {p.data_ptr() for p in model.parameters()}
         total = sum(nbytes for address, nbytes in kept.items() if address not in weights)
-        assert 9.5 * size < total <= 10 * size + small + 16, total / size
+        inputs = 9 if cpu.available() else 10
+        assert (inputs - 0.5) * size < total <= inputs * size + small + 16, total / size
 
     def test_nothing_is_kept_below_the_lowest_adapter(self, kept: dict[int, int]) -> None:
         model = build("clip", layers=(2,))

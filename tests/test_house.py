@@ -50,7 +50,7 @@ LAYERS = [
     ["backend"],
     ["eager", "kernels"],
     ["reference", "products", "thin"],
-    ["rng"],
+    ["rng", "cpu"],
     ["config"],
 ]
 RANK = {name: len(LAYERS) - i for i, row in enumerate(LAYERS) for name in row}

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlora
-from fastlora import eager, rng, thin
+from fastlora import cpu, eager, rng, thin
 from fastlora.config import OpSpec
 from fastlora.testing import assert_within_expected_budget, count_flops
 
-compiled = pytest.mark.skipif(not thin.available(), reason="the package was installed without a C compiler")
+compiled = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 DRAWS = 6
-LANES = sorted({thin.lanes(most) for most in (4, 8, 16)}) if thin.available() else [4]
+LANES = sorted({cpu.lanes(most) for most in (4, 8, 16)}) if cpu.available() else [4]
 
 
 @pytest.fixture(params=LANES, ids=lambda n: f"{n}-lanes")
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(thin, "lanes", lambda: request.param)
+    monkeypatch.setattr(cpu, "lanes", lambda: request.param)
     return request.param
 
 
@@ -187,27 +187,11 @@ def test_flops_are_counted() -> None:
 
 def test_what_is_not_thin_or_not_of_whole_vectors_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(4, 64)
-    assert thin.serves(x, 2, 64) == thin.available()
+    assert thin.serves(x, 2, 64) == cpu.available()
     for other, rank, width in (
         (x.double(), 2, 64), (x.bfloat16(), 2, 64), (x, 17, 64), (x, 2, 40), (torch.empty(64, 4).T, 2, 64),
         (torch.empty(4, 64, device="meta"), 2, 64),
     ):  # fmt: skip
         assert not thin.serves(other, rank, width)
-    monkeypatch.setattr(thin, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "_library", lambda: None)
     assert not thin.serves(x, 2, 64)
-    thin.lanes.cache_clear()
-    with pytest.raises(RuntimeError, match="install a C compiler"):
-        thin.lanes()
-
-
-@compiled
-def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        @staticmethod
-        def fastlora_thin(*_: object) -> int:
-            return 1
-
-    monkeypatch.setattr(thin, "lanes", lambda: 4)
-    monkeypatch.setattr(thin, "_library", lambda: Full)
-    with pytest.raises(MemoryError, match="2 × 3 × 64"):
-        thin.shrink(draw(4, 64), draw(2, 3, 64), None, None, 0.0, 0, [0, 1])

@@ -15,7 +15,7 @@ def info() -> None:
     import torch
     from rich.table import Table
 
-    from .. import backend, thin
+    from .. import backend, cpu
     from ..fewshot.summary import package_version
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -30,8 +30,8 @@ def info() -> None:
         table.add_row(f"cuda:{index}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}")
     if not torch.cuda.is_available():
         table.add_row("gpu", "none that torch can use")
-    compiled = f"compiled, {thin.lanes()} floats a vector" if thin.available() else "not compiled: there was no C compiler"
-    table.add_row("products on cpu", f"{compiled} (fastlora.thin)")
+    compiled = f"compiled, {cpu.lanes()} floats a vector" if cpu.available() else "not compiled: there was no C compiler"
+    table.add_row("kernels on cpu", compiled)
     for name, reason in backend.describe().items():
         table.add_row(f"backend on {name}", reason)
     console().print(table)

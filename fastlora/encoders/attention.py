@@ -1,7 +1,7 @@
 """Attention over packed rows: no padding, each sequence within itself.
 
-On a CPU one product per distinct length; on a GPU torch's varlen attention, xformers' block-diagonal kernels where torch's
-do not run, else one scaled_dot_product_attention per distinct length.
+On a CPU our own kernel where sequences are short, else torch's, once per distinct length; on a GPU torch's varlen attention,
+xformers' block-diagonal kernels where torch's do not run, else one scaled_dot_product_attention per distinct length.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import short_attention
 from .packing import Sequences
 
 __all__ = ["attend", "attend_pooled", "kernel"]
@@ -39,6 +40,8 @@ def attend(qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
         read = attend_pooled(readers[:, :width], own[:, width:], heads, inner)
         return torch.cat([attend(own, heads, inner), read])
     if kernel(qkv) == "cpu":
+        if short_attention.serves(qkv, heads, width, sequences):
+            return short_attention.attend(qkv, heads, sequences)
         return _AttendOnCPU.apply(qkv, heads, sequences)
     q, kv = qkv.split([width, 2 * width], 1)
     if not sequences.prefix:
@@ -59,6 +62,8 @@ def attend_pooled(q: Tensor, kv: Tensor, heads: int, sequences: Sequences) -> Te
     Returns:
         (n, D).
     """
+    if kernel(q) == "cpu" and short_attention.serves(q, heads, q.shape[1], sequences):
+        return short_attention.attend_pooled(q, kv, heads, sequences)
     first, own = kv.split([sequences.prefix, len(kv) - sequences.prefix])
     return _attend(q, own, first if sequences.prefix else None, heads, sequences, pooled=True)
 
@@ -158,26 +163,18 @@ def _block_mask(runs: tuple[tuple[int, int], ...], first: int, causal: bool, poo
 
 
 class _AttendOnCPU(torch.autograd.Function):
-    """Each run in place, one gradient buffer for all: no stack, no cat, no zero-filled slices.
-
-    Short sequences by plain batched products, which beat a flash kernel there and keep nothing but qkv for backward; long or
-    16-bit ones by torch's own CPU kernel.
-    """
+    """Each run in place by torch's own CPU kernel, one gradient buffer for all: no stack, no cat, no zero-filled slices."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
         out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        short = _is_short(qkv, heads, sequences)
         logsumexps = []
         for rows, q, k, v, mask, causal in _runs(qkv, heads, sequences):
-            if short:
-                part = torch.bmm(_probabilities(q, k, mask, causal), _flat(v)).view_as(q)
-            else:
-                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-                part, logsumexp = flash(q, k, v, 0.0, causal, attn_mask=mask)
-                logsumexps.append(logsumexp)
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            part, logsumexp = flash(q, k, v, 0.0, causal, attn_mask=mask)
+            logsumexps.append(logsumexp)
             _heads(out[rows], part.shape[0], heads, 1)[0].copy_(part)
-        ctx.save_for_backward(qkv, None if short else out, *logsumexps)
+        ctx.save_for_backward(qkv, out, *logsumexps)
         ctx.heads, ctx.sequences = heads, sequences
         return out
 
@@ -189,11 +186,8 @@ class _AttendOnCPU(torch.autograd.Function):
         gradient = torch.empty_like(qkv)
         for i, (rows, q, k, v, mask, causal) in enumerate(_runs(qkv, heads, ctx.sequences)):
             dy_run = _heads(dy[rows], len(q), heads, 1)[0]
-            if out is None:
-                dq, dk, dv = _backward_short(dy_run, q, k, v, mask, causal)
-            else:
-                out_run = _heads(out[rows], len(q), heads, 1)[0]
-                dq, dk, dv = _backward(dy_run, q, k, v, out_run, logsumexps[i], mask, causal)
+            out_run = _heads(out[rows], len(q), heads, 1)[0]
+            dq, dk, dv = _backward(dy_run, q, k, v, out_run, logsumexps[i], mask, causal)
             if dk.shape[2] > dq.shape[2]:  # what the sequences read of the prefix
                 shared = _heads(gradient[:prefix], 1, heads, 3)[1:]
                 shared += torch.stack([dk[:, :, :prefix].sum(0), dv[:, :, :prefix].sum(0)])[:, None]
@@ -201,36 +195,6 @@ class _AttendOnCPU(torch.autograd.Function):
             for target, part in zip(_heads(gradient[rows], len(q), heads, 3), (dq, dk, dv), strict=True):
                 target.copy_(part)
         return gradient, None, None
-
-
-def _is_short(qkv: Tensor, heads: int, sequences: Sequences) -> bool:
-    """Whether a row's probabilities are no more numbers than a head is wide."""
-    exact = qkv.dtype in (torch.float32, torch.float64)
-    return exact and sequences.prefix + sequences.longest <= qkv.shape[1] // (3 * heads)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(count, H, length, d) -> (count · H, length, d)."""
-    return x.flatten(0, 1)
-
-
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q kᵀ / √d), (count · H, queries, keys)."""
-    if causal:
-        mask = _mask(q.shape[2], None, q)
-    beta, start = (0, q.new_zeros(())) if mask is None else (1, mask)
-    scores = torch.baddbmm(start, _flat(q), _flat(k).mT, beta=beta, alpha=1 / math.sqrt(q.shape[3]))
-    return torch.softmax(scores, -1)
-
-
-def _backward_short(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one run from q, k, v alone."""
-    p, dy = _probabilities(q, k, mask, causal), _flat(dy)
-    dv = torch.bmm(p.mT, dy)
-    ds = torch._softmax_backward_data(torch.bmm(dy, _flat(v).mT), p, -1, p.dtype).mul_(1 / math.sqrt(q.shape[3]))
-    return torch.bmm(ds, _flat(k)).view(q.shape), torch.bmm(ds.mT, _flat(q)).view(k.shape), dv.view(k.shape)
 
 
 def _heads(rows: Tensor, count: int, heads: int, parts: int) -> Tensor:

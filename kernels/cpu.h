@@ -1,0 +1,31 @@
+/* What the CPU kernels share: names for each width of vectors, and threads. */
+
+#ifndef FASTLORA_CPU_H
+#define FASTLORA_CPU_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(stem) JOIN(stem, LANES)
+
+/* run(&parts[i]) for each i < n on so many threads; parts are `size` bytes each. Where a thread cannot start, others do its work. */
+void fastlora_run(void (*run)(void *), void *parts, size_t size, int n, int threads);
+
+/* one of the three functions named `stem`, by the width of vectors */
+#if defined(__x86_64__)
+#define CHOOSE(stem, lanes) ((lanes) == 16 ? stem##_16 : (lanes) == 8 ? stem##_8 : stem##_4)
+#else
+#define CHOOSE(stem, lanes) ((void)(lanes), stem##_4)
+#endif
+
+#endif
