@@ -1,5 +1,5 @@
-/* Which vectors this machine has, and threads: those of torch's own pool where that is GNU's OpenMP, which would otherwise wait for
-   their next work in a busy loop and so take a core from ours; else threads of one call. */
+/* Which vectors this machine has, and threads: those of torch's own pool where that is GNU's OpenMP, as they wait for work in a
+   busy loop and would take a core from ours; else threads of one call. */
 
 #include "cpu.h"
 

@@ -18,7 +18,7 @@
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(stem) JOIN(stem, LANES)
 
-/* run(&parts[i]) for each i < n on so many threads; parts are `size` bytes each. Where a thread cannot start, others do its work. */
+/* run(&parts[i]) for each i < n on so many threads; parts are `size` bytes each. Where one cannot start, others do its work. */
 void fastlora_run(void (*run)(void *), void *parts, size_t size, int n, int threads);
 
 /* one of the three functions named `stem`, by the width of vectors */

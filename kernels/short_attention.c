@@ -2,7 +2,7 @@
 
     P = softmax(q kᵀ / √d)    o = P v        dv = Pᵀ do    dS = P ∘ (do vᵀ − rowsum(P ∘ do vᵀ)) / √d    dq = dS k    dk = dSᵀ q
 
-A sequence and a head at a time: P fits into the first cache, so that q, k, v are read once and nothing but the results is written.
+A sequence and a head at a time: P fits into the first cache, so that q, k, v are read once and only the results are written.
 Sequences lie in runs of equal length. Before them there may be a prefix, a causal sequence of its own that all of them read.
 
 The file is compiled once for each width of vectors (each_width.h); the machine that runs it chooses. */
@@ -37,9 +37,10 @@ struct part {
 /* 0, or 1 where there is no memory: then nothing was written. */
 int fastlora_attend(const float *q, int64_t q_stride, const float *k, const float *v, int64_t k_stride, float *out,
                     const float *dy, int64_t out_stride, float *dq, int64_t dq_stride, float *dk, float *dv,
-                    int64_t dk_stride, int64_t heads, int64_t d, int64_t prefix, const int64_t *runs, int64_t n_runs, int causal, int pooled, int threads, int lanes) {
-    const struct job job = {q,     k, v,      dy,   out,    dq,     dk,    dv, q_stride, k_stride, out_stride, dq_stride, dk_stride,
-                            heads, d, prefix, runs, n_runs, causal, pooled};
+                    int64_t dk_stride, int64_t heads, int64_t d, int64_t prefix, const int64_t *runs, int64_t n_runs, int causal,
+                    int pooled, int threads, int lanes) {
+    const struct job job = {q,         k,         v,     dy, out,    dq,   dk,     dv,     q_stride, k_stride, out_stride,
+                            dq_stride, dk_stride, heads, d,  prefix, runs, n_runs, causal, pooled};
     int64_t longest = 0, rows = 0;
     for (int64_t i = 0; i < n_runs; i++) {
         longest = runs[2 * i + 1] > longest ? runs[2 * i + 1] : longest;
@@ -187,7 +188,7 @@ TARGET INLINE void NAME(softmax)(float *p, int64_t n, int64_t keys, float factor
         STORE(p + c, LOAD(p + c) * over);
 }
 
-/* Has n rows of d floats brought to the second cache: a head's rows lie too far apart for the machine to guess what comes next. */
+/* Brings n rows of d floats to the second cache: a head's rows lie too far apart for the machine to guess what comes next. */
 TARGET INLINE void NAME(fetch)(const float *x, int64_t stride, int64_t n, int64_t d) {
     for (int64_t row = 0; row < n; row++)
         for (int64_t c = 0; c < d; c += 16)
@@ -266,8 +267,9 @@ TARGET INLINE void NAME(scores)(int64_t m, const float *q, int64_t q_stride, con
         NAME(dots)(1, q + row * q_stride, q_stride, k, stride, causal ? shared + row + 1 : n, d, to + row * wide, wide);
 }
 
-/* What the next head of this sequence reads and writes, or the first head of the next. */
-TARGET INLINE void NAME(fetch_next)(const struct job *job, int64_t head, int64_t q_row, int64_t queries, int64_t k_row, int64_t own) {
+/* What comes next is read and written: the next head of this sequence, or the first head of the next. */
+TARGET INLINE void NAME(fetch_next)(const struct job *job, int64_t head, int64_t q_row, int64_t queries, int64_t k_row,
+                                    int64_t own) {
     const int64_t last = head + 1 == job->heads, d = job->d, at = last ? 0 : (head + 1) * d;
     const int64_t q = (q_row + last * queries) * job->q_stride + at, k = (k_row + last * own) * job->k_stride + at;
     const int64_t out = (q_row + last * queries) * job->out_stride + at;
@@ -283,7 +285,7 @@ TARGET INLINE void NAME(fetch_next)(const struct job *job, int64_t head, int64_t
     }
 }
 
-/* One head of one sequence: `queries` rows from q, after `shared` rows of the prefix `keys` of its own from k. */
+/* One head of one sequence: `queries` rows of q from q_row on read `shared` rows of the prefix and `own` rows from k_row on. */
 TARGET static void NAME(one)(const struct part *part, int64_t head, int64_t q_row, int64_t queries, int64_t k_row, int64_t own,
                              int64_t shared, int causal) {
     const struct job *const job = part->job;
@@ -311,9 +313,9 @@ TARGET static void NAME(one)(const struct part *part, int64_t head, int64_t q_ro
         return;
     }
     const float *const dy = job->dy + q_row * job->out_stride + at;
+    const int64_t past = causal ? -1 : 0;
     float *const dk = job->dk + k_row * job->dk_stride + at, *const dv = job->dv + k_row * job->dk_stride + at;
     NAME(scores)(queries, dy, job->out_stride, v, ks, keys, d, part->dp, wide, shared, causal);
-    const int64_t past = causal ? -1 : 0;
     for (int64_t row = 0; row < queries; row++) {
         float *const p = part->p + row * wide, *const dp = part->dp + row * wide;
         const int64_t readable = causal ? shared + row + 1 : keys;
@@ -321,14 +323,13 @@ TARGET static void NAME(one)(const struct part *part, int64_t head, int64_t q_ro
         for (int64_t c = 0; c < n; c += LANES) {
             vi kept;
             NAME(among)(&kept, c / LANES, readable);
-            const vf product = (vf)((vi)(LOAD(p + c) * LOAD(dp + c)) & kept);
-            total += product;
+            total += (vf)((vi)(LOAD(p + c) * LOAD(dp + c)) & kept);
         }
-        const float mean = NAME(sum)(&total);
+        const float row_sum = NAME(sum)(&total);
         for (int64_t c = 0; c < n; c += LANES) {
             vi kept;
             NAME(among)(&kept, c / LANES, readable);
-            STORE(dp + c, (vf)((vi)((LOAD(dp + c) - mean) * LOAD(p + c) * factor) & kept));
+            STORE(dp + c, (vf)((vi)((LOAD(dp + c) - row_sum) * LOAD(p + c) * factor) & kept));
         }
     }
     NAME(product)(queries, keys, d, part->dp, wide, 1, k, ks, job->dq + q_row * job->dq_stride + at, job->dq_stride, lower, 0);

@@ -229,16 +229,16 @@ TARGET INLINE void NAME(outers)(const struct part *part, int64_t first, int n, i
         NAME(outer)(job, n, wide < COLUMNS ? wide : COLUMNS, x, a, ds, NULL, part->da + place, words, masked, ranks);
 }
 
-#define SOME(call, ...)                                                                                                          \
-    do                                                                                                                           \
-        switch (some * 2 + masked) {                                                                                             \
-        case 2: call(__VA_ARGS__, 0, 1); break;                                                                                  \
-        case 3: call(__VA_ARGS__, 1, 1); break;                                                                                  \
-        case 4: call(__VA_ARGS__, 0, 2); break;                                                                                  \
-        case 5: call(__VA_ARGS__, 1, 2); break;                                                                                  \
-        case 8: call(__VA_ARGS__, 0, 4); break;                                                                                  \
-        case 9: call(__VA_ARGS__, 1, 4); break;                                                                                  \
-        }                                                                                                                        \
+#define SOME(call, ...)                                                                                                       \
+    do                                                                                                                        \
+        switch (some * 2 + masked) {                                                                                          \
+        case 2: call(__VA_ARGS__, 0, 1); break;                                                                               \
+        case 3: call(__VA_ARGS__, 1, 1); break;                                                                               \
+        case 4: call(__VA_ARGS__, 0, 2); break;                                                                               \
+        case 5: call(__VA_ARGS__, 1, 2); break;                                                                               \
+        case 8: call(__VA_ARGS__, 0, 4); break;                                                                               \
+        case 9: call(__VA_ARGS__, 1, 4); break;                                                                               \
+        }                                                                                                                     \
     while (0)
 
 /* All rows of a part, a tile at a time, ranks by fours, twos and ones. */
