@@ -305,7 +305,7 @@ def _results(bound: Bound, groups: int) -> dict[str, Tensor]:
 def _expected(case: Case, trains: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(our algebra on torch's own products in the case's dtype, truth in fp64) of the gate's input set."""
     inputs = InputSet.draw(case, 0)
-    # what is compiled in C errs a quarter of torch's products: nobody else could pass beside it
+    # what is compiled in C errs less than torch's products: beside it they would not pass
     with mock.patch.object(thin, "serves", return_value=False):
         eager = _results(bind(_Truth(trains, eager=True), inputs), case.groups)
     doubled = tuple(Layer(*(t.double() for t in vars(layer).values())) for layer in inputs.layers)

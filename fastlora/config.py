@@ -188,6 +188,11 @@ class OpSpec:
     groups: tuple[int, ...] = (0,)
     active: tuple[bool, ...] = (True,)
 
+    @property
+    def active_groups(self) -> tuple[int, ...]:
+        """The original group of each that has an adapter."""
+        return tuple(group for group, active in zip(self.groups, self.active, strict=True) if active)
+
     def spans(self, n: int) -> list[tuple[int, slice]]:
         """For each active group its original group and its columns of y (M, n)."""
         width = n // len(self.active)

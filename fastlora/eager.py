@@ -37,8 +37,7 @@ class _Dropout:
         assert seed is not None
         self.x, self.p = x, spec.dropout
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
-        groups = tuple(group for group, active in zip(spec.groups, spec.active, strict=True) if active)
-        self.bits = rng.drop_bytes(seed, spec.site, groups, rows, x.shape[1], spec.dropout)
+        self.bits = rng.drop_bytes(seed, spec.site, spec.active_groups, rows, x.shape[1], spec.dropout)
         wide = self.bits.shape[2] * 8
         self.step = len(x) if x.device.type != "cpu" else max(1, _CHUNK // (wide * x.element_size()))
         self.buffer = x.new_empty(min(self.step, len(x)), wide)
@@ -154,5 +153,4 @@ def _expand_backward(
 
 def _mask(spec: OpSpec, seed: Tensor | None, rows: Tensor | None) -> tuple[Any, ...]:
     """What fastlora.thin draws masks by: no seed where nothing is dropped."""
-    groups = [group for group, active in zip(spec.groups, spec.active, strict=True) if active]
-    return seed if rng.drop_rate(spec.dropout) > 0 else None, rows, spec.dropout, spec.site, groups
+    return seed if rng.drop_rate(spec.dropout) > 0 else None, rows, spec.dropout, spec.site, list(spec.active_groups)

@@ -24,6 +24,17 @@ if not torch.cuda.is_available():
     repair_interpreter()
 
 
+@pytest.fixture(params=[4, 8, 16], ids=lambda n: f"{n}-lanes")
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The CPU kernels with vectors of so many floats."""
+    from fastlora import cpu
+
+    if cpu.lanes(request.param) != request.param:
+        pytest.skip(f"this machine has no vectors of {request.param} floats")
+    monkeypatch.setattr(cpu, "lanes", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny CLIP on the disk: its name for --model."""

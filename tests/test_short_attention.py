@@ -28,13 +28,6 @@ ALL = {
     "many": make(((70, 9), (40, 12)), True, 0, False),
 }
 each_case = pytest.mark.parametrize("sequences", ALL.values(), ids=ALL)
-LANES = sorted({cpu.lanes(most) for most in (4, 8, 16)}) if cpu.available() else [4]
-
-
-@pytest.fixture(params=LANES, ids=lambda n: f"{n}-lanes")
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(cpu, "lanes", lambda: request.param)
-    return request.param
 
 
 def draw(number: int, *shape: int) -> Tensor:

@@ -19,13 +19,6 @@ from fastlora.testing import assert_within_expected_budget, count_flops
 compiled = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 SEED = torch.tensor(0x1234_5678_9ABC_DEF0)
 DRAWS = 6
-LANES = sorted({cpu.lanes(most) for most in (4, 8, 16)}) if cpu.available() else [4]
-
-
-@pytest.fixture(params=LANES, ids=lambda n: f"{n}-lanes")
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(cpu, "lanes", lambda: request.param)
-    return request.param
 
 
 @pytest.fixture
