@@ -34,7 +34,7 @@ def add_to_slot(ptrs, value, mask, first):
 def columns(
     acc, ds, s_t, dy_ptrs, w_ptrs, b_ptrs, db_ptrs, mask_m, mask_k, first, WIDTH, stride_dyn, stride_wn,
     WITH_DS: tl.constexpr, WITH_DB: tl.constexpr, RANK: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    DY_TWICE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc += dy W, ds += dy B and db += s dy over WIDTH columns of N; s_t is sᵀ [RANK, BLOCK_M], db is [RANK, WIDTH]."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -51,6 +51,12 @@ def columns(
             ds = tl.dot(dy, b, ds, input_precision=PRECISION)
             b_ptrs += BLOCK_N * RANK
         if WITH_DB:
+            if DY_TWICE:
+                # A load of its own, which another eviction policy keeps apart: were dy's buffer also read by a product that is
+                # not asynchronous, Triton 3.6 to 3.9 would give it one buffer too few (its issue 6691).
+                dy = tl.load(
+                    dy_ptrs, mask=mask_m if EVEN_N else mask_m & in_n[None, :], other=0.0, eviction_policy="evict_last"
+                )
             db = tl.dot(s_t, dy, input_precision=PRECISION)
             add_to_slot(db_ptrs, db, in_n[None, :], first)
             db_ptrs += BLOCK_N
@@ -64,12 +70,13 @@ def backward_kernel(
     dy_ptr, x_ptr, s_ptr, w_ptr, a_ptr, b_ptr, ds_ptr, dx_ptr, da_ptr, db_ptr, seed_ptr, rows_ptr,
     M, N, K, GROUP_N, R, slots, stride_dym, stride_dyn, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, scale, site,
     POSITIONS: tl.constexpr, PLAIN: tl.constexpr, KEYS: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr,
-    RANK: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, DY_TWICE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx, and where they are asked for ds, dA and dB (ds_ptr, da_ptr, db_ptr not None), tile by tile of rows.
 
     POSITIONS: the groups with an adapter; PLAIN: those without. ONE_PASS: ds is computed, else it is read from ds_ptr.
+    DY_TWICE: see columns.
     """
     G: tl.constexpr = len(POSITIONS)
     WITH_DB: tl.constexpr = db_ptr is not None
@@ -102,12 +109,12 @@ def backward_kernel(
                 n0 = tl.cast(GROUP_N, tl.int64) * PLAIN[i]
                 acc, ds = columns(
                     acc, ds, ds, dy_ptrs + n0 * stride_dyn, w_ptrs + n0 * stride_wn, b_ptr, b_ptr, mask_m, mask_k, 0,
-                    GROUP_N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, BLOCK_N,
+                    GROUP_N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
                 )  # fmt: skip
         else:
             acc, ds = columns(
                 acc, ds, ds, dy_ptrs, w_ptrs, b_ptr, b_ptr, mask_m, mask_k, 0,
-                N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, BLOCK_N,
+                N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
             )  # fmt: skip
         if PLANES > 0:
             row_ids = load_row_ids(rows_ptr, offs_m, M)
@@ -131,14 +138,14 @@ def backward_kernel(
                     db_g += offs_r[:, None] * GROUP_N + offs_n[None, :]
                     acc, ds = columns(
                         acc, ds, s_t, dy_g, w_g, b_g, db_g, mask_m, mask_k, tl.cast(tile_m < slots * tiles_k, tl.int32),
-                        GROUP_N, stride_dyn, stride_wn, True, True, RANK, EVEN_N, PRECISION, BLOCK_N,
+                        GROUP_N, stride_dyn, stride_wn, True, True, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
                     )  # fmt: skip
                     # keeps LLVM from merging the ends of the two loops, after which ptxas would serialise every wgmma
                     tl.debug_barrier()
                 else:
                     acc, ds = columns(
                         acc, ds, ds, dy_g, w_g, b_g, b_g, mask_m, mask_k, 0,
-                        GROUP_N, stride_dyn, stride_wn, True, False, RANK, EVEN_N, PRECISION, BLOCK_N,
+                        GROUP_N, stride_dyn, stride_wn, True, False, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
                     )  # fmt: skip
                 ds_half = (ds * (scale * keep)).to(w_ptr.dtype.element_ty)
                 if ds_ptr is not None:
@@ -181,7 +188,7 @@ def ds_db_kernel(
     in_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, RANK)
-    b_ptrs = b_ptr + number.to(tl.int64) * GROUP_N * RANK + (offs_n[:, None] * RANK + offs_r[None, :])
+    b_ptrs = b_ptr + number.to(tl.int64) * GROUP_N * RANK + (offs_n[None, :] * RANK + offs_r[:, None])
     if db_ptr is not None:
         db_ptrs = db_ptr + (slot.to(tl.int64) * G + number) * GROUP_N * RANK
         db_ptrs += offs_r[:, None] * GROUP_N + offs_n[None, :]
@@ -196,22 +203,23 @@ def ds_db_kernel(
             s_ptrs = s_ptr + offs_m[:, None] * (G * R) + (number * R + offs_r)[None, :]
             # [BLOCK_M, RANK]
             s_t = tl.trans(tl.load(s_ptrs, mask=mask_m & (offs_r < R)[None, :], other=0.0))
-        ds = tl.zeros((BLOCK_M, RANK), tl.float32)
+        # dsᵀ = Bᵀ dyᵀ: with RANK rows both products of a tile of dy run on mma.sync, and none reads it asynchronously
+        ds_t = tl.zeros((RANK, BLOCK_M), tl.float32)
         for col0 in range(0, GROUP_N, BLOCK_N):
             in_n = offs_n < GROUP_N - col0
             # [BLOCK_M, BLOCK_N]
             dy = tl.load(dy_ptrs, mask=mask_m & in_n[None, :], other=0.0)
             if ds_ptr is not None:
-                # [BLOCK_N, RANK]
-                b = tl.load(b_ptrs + col0 * RANK, mask=in_n[:, None], other=0.0)
-                ds = tl.dot(dy, b, ds, input_precision=PRECISION)
+                # [RANK, BLOCK_N]
+                b_t = tl.load(b_ptrs + col0 * RANK, mask=in_n[None, :], other=0.0)
+                ds_t = tl.dot(b_t, tl.trans(dy), ds_t, input_precision=PRECISION)
             if db_ptr is not None:
                 db = tl.dot(s_t, dy, input_precision=PRECISION)
                 add_to_slot(db_ptrs + col0, db, in_n[None, :], tl.cast(tile_m == slot, tl.int32))
             dy_ptrs += BLOCK_N * stride_dyn
         if ds_ptr is not None:
             ds_ptrs = ds_ptr + offs_m[:, None] * (G * RANK) + (number * RANK + offs_r)[None, :]
-            tl.store(ds_ptrs, (ds * factor).to(ds_ptr.dtype.element_ty), mask=mask_m)
+            tl.store(ds_ptrs, tl.trans(ds_t * factor).to(ds_ptr.dtype.element_ty), mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -235,6 +243,11 @@ def da_kernel(
     if PLANES > 0:
         key0, key1 = load_key(seed_ptr, site)
     acc = (tl.zeros((RANK, BLOCK_K), tl.float32),) * PER
+    words = ()
+    if PLANES > 0:
+        row_ids = load_row_ids(rows_ptr, slot.to(tl.int64) * BLOCK_M + in_m, M)
+        for i in tl.static_range(PER):
+            words += (keep_words(key0, key1, pick(KEYS, first + i), row_ids, k0, J, PLANES, BLOCK_K),)  # type: ignore[assignment]
     for tile_m in range(slot, tl.cdiv(M, BLOCK_M), slots):
         row0 = tl.cast(tile_m, tl.int64) * BLOCK_M
         offs_m = row0 + in_m
@@ -243,17 +256,19 @@ def da_kernel(
         # [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
         if PLANES > 0:
-            row_ids = load_row_ids(rows_ptr, offs_m, M)
-        new = ()
+            row_ids = load_row_ids(rows_ptr, offs_m + tl.cast(slots, tl.int64) * BLOCK_M, M)
+        new, coming = (), ()
         for i in tl.static_range(PER):
             # [BLOCK_M, RANK]
             ds_ptrs = ds_ptr + offs_m[:, None] * (G * RANK) + ((first + i) * RANK + offs_r)[None, :]
             ds = tl.load(ds_ptrs, mask=mask_m, other=0.0)
             dropped = x
             if PLANES > 0:
-                dropped = drop(x, keep_words(key0, key1, pick(KEYS, first + i), row_ids, k0, J, PLANES, BLOCK_K))
+                # one tile ahead, as in forward.shrink
+                coming += (keep_words(key0, key1, pick(KEYS, first + i), row_ids, k0, J, PLANES, BLOCK_K),)  # type: ignore[assignment]
+                dropped = drop(x, words[i])
             new += (tl.dot(tl.trans(ds), dropped, acc[i], input_precision=PRECISION),)  # type: ignore[assignment]
-        acc = new
+        acc, words = new, coming
     for i in tl.static_range(PER):
         da_ptrs = da_ptr + ((slot.to(tl.int64) * G + first + i) * RANK + offs_r)[:, None] * K + offs_k[None, :]
         tl.store(da_ptrs, acc[i], mask=mask_k)

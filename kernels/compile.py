@@ -1,10 +1,11 @@
 """Compiles every kernel of the tile table for sm_80, sm_90 and sm_100, without a GPU: `make kernels`.
 
-    python -m fastlora.kernels.compile [--arch 90] [--precision half] [--rank 16] [--rows FILE]
+    python -m fastlora.kernels.compile [--arch 90] [--precision half] [--rank 16] [--list | --rows FILE]
 
-The launchers run on "meta" tensors under `launch.recording`, so what is compiled is what is launched. A row of the printed
-table is one kernel in one configuration; the exit status is 1 where one breaks the rules of `Report.problems`. What was
-compiled once is read back from a folder beside Triton's own cache, so a run that was stopped goes on where it was.
+The launchers run on "meta" tensors under `launch.recording`, so what is compiled is what is launched, for every combination of
+gradients that can be asked for. A row of the printed table is one kernel in one configuration; the exit status is 1 where one
+breaks the rules of `Report.problems`. What was compiled once is read back from a folder beside Triton's own cache, so a run
+that was stopped goes on where it was. --list compiles nothing: it prints which kernels each class of calls launches, in order.
 """
 
 from __future__ import annotations
@@ -14,28 +15,33 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.config import OpSpec
 
-from . import lora_linear, machine_code, tiles
+from . import lora_linear, machine_code, races, tiles
 from .launch import Launch, recording
 from .machine_code import Report
 
-__all__ = ["Config", "Job", "compile_launch", "configurations", "jobs", "launches"]
+__all__ = ["Config", "Job", "compile_launch", "configurations", "jobs", "launch_table", "launches"]
 
+# What is compiled stands for these GPUs: A100, H100 and H200, B200.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+# Gradients of x, A and B: each combination that a backward can be asked for, all of them first.
+Needs: TypeAlias = tuple[bool, bool, bool]
+NEEDS: list[Needs] = [(x, a, b) for x, a, b in itertools.product((True, False), repeat=3) if x or a or b]
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
@@ -68,8 +74,8 @@ def configurations(archs: tuple[int, ...] = tiles.ARCHITECTURES) -> list[Config]
     ]
 
 
-def launches(config: Config, plan: tiles.Plan | None = None) -> list[Launch]:
-    """The kernels that forward and backward start for a configuration."""
+def launches(config: Config, plan: tiles.Plan | None = None, needs: Needs = NEEDS[0]) -> tuple[list[Launch], list[Launch]]:
+    """What forward and what backward start for a configuration, in order. needs: gradients of x, A and B."""
     call, g = config.call, sum(config.active)
     m, k, n, rank = config.rows, config.width, config.width * len(config.active), config.rank or call.rank
     plan = plan or tiles.choose(call)
@@ -85,12 +91,14 @@ def launches(config: Config, plan: tiles.Plan | None = None) -> list[Launch]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = call.precision == "tf32"
     try:
-        with recording() as recorded:
-            _, s = lora_linear.forward(x, weight, empty(n), a, b, spec, seed, None, plan=plan)
-            lora_linear.backward(empty(m, n), x, s, weight, a, b, spec, seed, None, (True, True, True), plan=plan)
+        with tiles.assuming(MULTIPROCESSORS[call.arch]):
+            with recording() as forward:
+                _, s = lora_linear.forward(x, weight, empty(n), a, b, spec, seed, None, plan=plan)
+            with recording() as backward:
+                lora_linear.backward(empty(m, n), x, s, weight, a, b, spec, seed, None, needs, plan=plan)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    return recorded
+    return forward, backward
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -103,8 +111,6 @@ def _source(launch: Launch) -> ASTSource:
         whole = isinstance(value, int) and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (whole and value == 1):
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -119,7 +125,7 @@ def _source(launch: Launch) -> ASTSource:
 @functools.cache
 def _reader() -> str:
     """What the reports depend on beside a kernel: the compiler and the code that reads its output."""
-    return triton.__version__ + Path(machine_code.__file__).read_text(encoding="utf-8")
+    return triton.__version__ + inspect.getsource(machine_code) + inspect.getsource(races)
 
 
 def compile_launch(launch: Launch, arch: int) -> Report:
@@ -153,11 +159,12 @@ class Job:
     """One launch of one configuration, by its number: a worker makes the launch itself."""
 
     config: Config
+    needs: Needs
     number: int
 
     @property
     def launch(self) -> Launch:
-        return launches(self.config)[self.number]
+        return _every_launch(self.config, self.needs)[self.number]
 
     def row(self) -> dict[str, Any]:
         """Compile it: the report, what was compiled, and the problems."""
@@ -175,15 +182,34 @@ class Job:
         }
 
 
+def _every_launch(config: Config, needs: Needs) -> list[Launch]:
+    forward, backward = launches(config, needs=needs)
+    return forward + backward
+
+
 def jobs(configs: list[Config]) -> Iterator[Job]:
-    """Every launch of the configurations that differs from all before it."""
+    """Every launch of the configurations that differs from all before it, whichever gradients are asked for."""
     seen = set()
-    for config in configs:
-        for number, launch in enumerate(launches(config)):
+    for config, needs in itertools.product(configs, NEEDS):
+        for number, launch in enumerate(_every_launch(config, needs)):
             key = (config.call.arch, launch.warps, launch.stages, _source(launch).hash())
             if key not in seen:
                 seen.add(key)
-                yield Job(config, number)
+                yield Job(config, needs, number)
+
+
+def launch_table(configs: list[Config]) -> list[tuple[str, str, str]]:
+    """(class, kernels of forward, kernels of backward) of each configuration, in the order of their launches.
+
+    Packed q, k, v with float32 adapters beside a half-precision base, as `fastlora.patch` makes them, and all gradients.
+    """
+    rows = []
+    for config in configs:
+        forward, backward = (
+            ", ".join(one.kernel.__name__.removesuffix("_kernel") for one in some) for some in launches(config)
+        )
+        rows.append((str(config), forward, backward))
+    return rows
 
 
 def markdown(*files: list[dict[str, Any]]) -> str:
@@ -215,21 +241,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, choices=(16, 32, 64, 128), help="padded rank; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--rows", type=Path, help="write the rows to this file too, one JSON object a line")
+    parser.add_argument("--list", action="store_true", help="only print which kernels each class of calls launches")
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if not options.list and os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
     configs = [
         c for c in configurations(tuple(options.arch or tiles.ARCHITECTURES))
         if options.precision in (None, c.call.precision) and options.rank in (None, c.call.rank)
     ]  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if options.list:
+        table = Table("class of calls", "forward", "backward", title="Kernels, in the order of their launches")
+        for line in launch_table(configs):
+            table.add_row(*line)
+        console.print(table)
+        return 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(Job.row, jobs(configs)))
     columns: tuple[str, ...] = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
-    columns += ("cpu_seconds", "problems")
+    columns += ("races", "cpu_seconds", "problems")
     table = Table(*columns)
     for row in rows:
-        table.add_row(*("; ".join(row[c]) if c == "problems" else str(row[c]) for c in columns))
-    console = Console(width=None if sys.stdout.isatty() else 200)
+        table.add_row(
+            *("; ".join(row[c]) if c == "problems" else str(len(row[c]) if c == "races" else row[c]) for c in columns)
+        )
     console.print(table)
     failed = sum(bool(row["problems"]) for row in rows)
     console.print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {failed} with problems")

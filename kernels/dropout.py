@@ -3,14 +3,20 @@
     key     = (seed low word, seed high word ^ site * 0x9E3779B9)
     counter = (row identity, column // 128, group, plane)
 
-One call gives one bit plane of 128 columns; column c has bit (c % 32) // 4 + 8 * (c % 4) of word (c % 128) // 32. An element is
-kept when the k-bit number u of its planes is at least J, with J / 2**k the drop rate. See fastlora.rng for the derivation.
+One call gives one bit plane of 128 columns, 32 a word; columns 4j to 4j + 3 of a word have bits j, j + 8, j + 16 and j + 24. An
+element is kept when the k-bit number u of its planes is at least J, with J / 2**k the drop rate. fastlora.rng derives this.
 """
 
 from __future__ import annotations
 
+import os
+
+import torch
 import triton
 import triton.language as tl
+
+# Inline assembly is for NVIDIA's compiler: neither the interpreter nor AMD's backend runs it.
+PTX: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None)
 
 
 @triton.jit
@@ -73,31 +79,25 @@ def drop(tile, words):
     """The tile [BLOCK_M, COLUMNS] with 0 where a bit of the words [BLOCK_M, COLUMNS // 32] is not set."""
     BLOCK_M: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
-    spread = tl.broadcast_to(words[:, :, None], (BLOCK_M, COLUMNS // 32, 32))
-    column = tl.arange(0, COLUMNS)[None, :]
-    bits = tl.reshape(spread, (BLOCK_M, COLUMNS)) >> (column % 32 // 4 + column % 4 * 8).to(tl.uint32)
-    return tl.where((bits & 1) != 0, tile, tl.zeros_like(tile))
-
-
-@triton.jit(do_not_specialize=["site"])
-def words_kernel(
-    words_ptr, seed_ptr, rows_ptr,
-    M, WORDS, site,
-    KEYS: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """words [g, M, WORDS] = keep decisions of 32 columns each, WORDS a multiple of 4: what `load_words` reads."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k0, k1 = load_key(seed_ptr, site)
-    row_ids = load_row_ids(rows_ptr, offs_m, M)
-    for number in tl.static_range(len(KEYS)):
-        ptrs = words_ptr + (tl.cast(M, tl.int64) * number + offs_m[:, None]) * WORDS + tl.arange(0, 4)[None, :]
-        for word in range(0, WORDS, 4):
-            words = keep_words(k0, k1, tl.cast(KEYS[number], tl.int32), row_ids, word * 32, J, PLANES, 128)
-            tl.store(ptrs + word, words.to(tl.int32, bitcast=True), mask=offs_m[:, None] < M)
-
-
-@triton.jit
-def load_words(words_ptr, number, offs_m, column, M, WORDS, COLUMNS: tl.constexpr):
-    """What keep_words gives, from memory that words_kernel filled; COLUMNS and `column` are multiples of 32."""
-    offs = (tl.cast(M, tl.int64) * number + offs_m[:, None]) * WORDS + column // 32 + tl.arange(0, COLUMNS // 32)[None, :]
-    return tl.load(words_ptr + offs, mask=offs_m[:, None] < M, other=0).to(tl.uint32, bitcast=True)
+    spread = tl.reshape(tl.broadcast_to(words[:, :, None], (BLOCK_M, COLUMNS // 32, 32)), (BLOCK_M, COLUMNS))
+    quad = (tl.arange(0, COLUMNS) % 32 // 4).to(tl.uint32)[None, :]
+    byte = (tl.arange(0, COLUMNS) % 4).to(tl.uint32)[None, :]
+    if PTX and tile.dtype.primitive_bitwidth == 16:
+        # One shift puts the bits of four columns on the signs of four bytes, and PRMT repeats two of these signs over a pair of
+        # columns. Each element brings its own word and byte, so that any layout is right; four columns in one thread share them.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 which, mask;
+            shl.b32 which, $5, 8;
+            or.b32 which, which, $4;
+            or.b32 which, which, 0x4400;
+            prmt.b32 mask, $2, $3, which;
+            and.b32 $0, $1, mask;
+            }""",
+            "=r,r,r,r,r,r",
+            [tile, spread << (7 - quad), 0x88 + 0x11 * byte],
+            dtype=tile.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return tl.where((spread >> (quad + 8 * byte) & 1) != 0, tile, tl.zeros_like(tile))

@@ -1,11 +1,11 @@
 """The forward kernels, in two forms that the tile table chooses between.
 
-    one pass    forward_kernel(ONE_PASS): while x Wᵀ accumulates, the same tile of x, dropped, accumulates s = D(x) Aᵀ
-    two passes  shrink_kernel: s of all groups, each bit of the mask drawn once; forward_kernel: x Wᵀ
-    both        the epilogue adds scale · s Bᵀ and the bias
+    one launch    forward_kernel(ONE_PASS): a program owns some rows of one group. It runs over K for s = D(x) Aᵀ, drawing
+                  each bit of its mask once, then over some tiles of N for y = x Wᵀ + bias + scale · s Bᵀ
+    two launches  shrink_kernel: s of all groups from one reading of x; forward_kernel reads s instead of computing it
 
-Alternatives, for measuring (tiles.Plan): the mask's bits from memory (words_ptr), x and w through tensor descriptors
-(DESCRIPTORS), the two passes overlapped (OVERLAP: forward_kernel starts while shrink_kernel runs, and waits before it reads s).
+No load of x feeds two products. Were the tile that x Wᵀ reads also masked for s, Triton 3.6 to 3.9 would give it a shared
+buffer too few (its issue 6691): on Hopper the copy of a later tile lands in the one that an asynchronous product still reads.
 
 Dimensions: x [M, K]  w [N, K]  bias [N]  a [g, RANK, K]  b [g · N/G, RANK]  s [M, g · R]  y [M, N]; a and b are packed: of x's
 dtype, the rank padded with zeros to RANK. The grid runs over the groups in POSITIONS only; tiles of N are cut per group.
@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda as tl_cuda
 
-from .dropout import drop, keep_words, load_key, load_row_ids, load_words
+from .dropout import drop, keep_words, load_key, load_row_ids
 
 
 @triton.jit
@@ -39,138 +38,139 @@ def swizzle(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first_m + inside % height, inside // height
 
 
-@triton.jit(do_not_specialize=["site"])
-def shrink_kernel(
-    x_ptr, a_ptr, s_ptr, seed_ptr, rows_ptr,
-    M, K, R, stride_xm, stride_xk, stride_ar, site,
+@triton.jit
+def shrink(
+    x_ptr, a_ptr, seed_ptr, rows_ptr, row0, first, M, K, stride_xm, stride_xk, stride_ar, site,
     KEYS: tl.constexpr, PER: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr, RANK: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """s_g = D_g(x) A_gᵀ of PER active groups g from one reading of x. KEYS: what keys each group's mask."""
-    if OVERLAP:
-        tl_cuda.gdc_launch_dependents()
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    first = tl.program_id(0) // tiles_m * PER
-    row0 = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M
-    offs_m = row0 + tl.arange(0, BLOCK_M)
+    """s_g = D_g(x) A_gᵀ, float32 [BLOCK_M, RANK], of the active groups first to first + PER - 1, a tuple; rows from row0 on."""
+    offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, RANK)
-    mask_m = offs_m[:, None] < M
-    x_ptrs = x_ptr + row0 * stride_xm + (tl.arange(0, BLOCK_M)[:, None] * stride_xm + offs_k[None, :] * stride_xk)
-    a_ptrs = a_ptr + first.to(tl.int64) * RANK * stride_ar + (offs_r[:, None] * stride_ar + offs_k[None, :])
+    mask_m = offs_m[:, None] < (M - row0).to(tl.int32)
+    x_ptrs = x_ptr + row0 * stride_xm + (offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk)
+    a_ptrs = a_ptr + first.to(tl.int64) * RANK * stride_ar + (tl.arange(0, RANK)[:, None] * stride_ar + offs_k[None, :])
     keep = 1.0
     if PLANES > 0:
         k0, k1 = load_key(seed_ptr, site)
-        row_ids = load_row_ids(rows_ptr, offs_m, M)
+        row_ids = load_row_ids(rows_ptr, row0 + offs_m, M)
         keep = 1.0 / (1.0 - J / (1 << PLANES))
 
-    # sᵀ = A D(x)ᵀ: with RANK rows the product runs on mma.sync, which leaves forward_kernel's wgmma in flight.
+    # sᵀ = A D(x)ᵀ: with RANK rows the product runs on mma.sync, which takes D(x) from registers.
     acc = (tl.zeros((RANK, BLOCK_M), tl.float32),) * PER
-    for k in range(0, K, BLOCK_K):
+    # The mask is drawn one tile ahead. Its words then reach the product through the loop, where the way they were joined does
+    # not show: else Triton takes the join for a reason not to load the operand by ldmatrix.
+    words = ()
+    if PLANES > 0:
+        for i in tl.static_range(PER):
+            words += (keep_words(k0, k1, pick(KEYS, first + i), row_ids, 0, J, PLANES, BLOCK_K),)  # type: ignore[assignment]
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         in_k = (offs_k < K - k)[None, :]
         # [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptrs, mask=mask_m if EVEN_K else mask_m & in_k, other=0.0)
-        new = ()
+        new, coming = (), ()
         for i in tl.static_range(PER):
             # [RANK, BLOCK_K]
             a = tl.load(a_ptrs + i * RANK * stride_ar, mask=None if EVEN_K else in_k, other=None if EVEN_K else 0.0)
             dropped = x
             if PLANES > 0:
-                dropped = drop(x, keep_words(k0, k1, pick(KEYS, first + i), row_ids, k, J, PLANES, BLOCK_K))
+                dropped = drop(x, words[i])
+                coming += (keep_words(k0, k1, pick(KEYS, first + i), row_ids, k + BLOCK_K, J, PLANES, BLOCK_K),)  # type: ignore[assignment]
             new += (tl.dot(a, tl.trans(dropped), acc[i], input_precision=PRECISION),)  # type: ignore[assignment]
-        acc = new
+        acc, words = new, coming
         x_ptrs += BLOCK_K * stride_xk
         a_ptrs += BLOCK_K
+    s = ()
     for i in tl.static_range(PER):
-        s_ptrs = s_ptr + offs_m[:, None] * (len(KEYS) * R) + ((first + i) * R + offs_r)[None, :]
-        tl.store(s_ptrs, tl.trans(acc[i] * keep).to(s_ptr.dtype.element_ty), mask=mask_m & (offs_r < R)[None, :])
+        s += (tl.trans(acc[i]) * keep,)  # type: ignore[assignment]
+    return s
 
 
 @triton.jit(do_not_specialize=["site"])
+def shrink_kernel(
+    x_ptr, a_ptr, s_ptr, seed_ptr, rows_ptr,
+    M, K, R, stride_xm, stride_xk, stride_ar, site,
+    KEYS: tl.constexpr, PER: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr, RANK: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """s_g = D_g(x) A_gᵀ of PER active groups g from one reading of x. KEYS: what keys each group's mask."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    first = tl.program_id(0) // tiles_m * PER
+    row0 = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, RANK)
+    s = shrink(
+        x_ptr, a_ptr, seed_ptr, rows_ptr, row0, first, M, K, stride_xm, stride_xk, stride_ar, site,
+        KEYS, PER, J, PLANES, RANK, EVEN_K, PRECISION, BLOCK_M, BLOCK_K, STAGES,
+    )  # fmt: skip
+    for i in tl.static_range(PER):
+        s_ptrs = s_ptr + offs_m[:, None] * (len(KEYS) * R) + ((first + i) * R + offs_r)[None, :]
+        tl.store(s_ptrs, s[i].to(s_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_r < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["site", "span"])
 def forward_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, rows_ptr, words_ptr,
-    M, N, K, GROUP_N, R, WORDS, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, scale, site,
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, s_ptr, y_ptr, seed_ptr, rows_ptr,
+    M, N, K, GROUP_N, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, scale, site, span,
     POSITIONS: tl.constexpr, KEYS: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr, RANK: tl.constexpr,
     HAS_LORA: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SHRINK_K: tl.constexpr, SHRINK_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y_g = x W_gᵀ + bias_g + scale · s_g B_gᵀ for the groups at POSITIONS of the N/GROUP_N groups; see the module's text.
+    """y_g = x W_gᵀ + bias_g + scale · s_g B_gᵀ for the groups at POSITIONS of the N/GROUP_N groups.
+
+    span: how many tiles of N a program takes.
 
     HAS_LORA: the groups have adapters, as numbers 0 to g - 1 in a, b and s. ONE_PASS: s is computed and written, not read.
-    DESCRIPTORS: x_ptr and w_ptr are descriptors with blocks [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
+    EVEN_K: K is a multiple of BLOCK_K, and of SHRINK_K where s is computed.
     """
-    tiles_n = tl.cdiv(GROUP_N, BLOCK_N)
-    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n * len(POSITIONS), GROUP_M)
-    number = pid_n // tiles_n
+    chunks = tl.cdiv(tl.cdiv(GROUP_N, BLOCK_N), span)
+    pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), chunks * len(POSITIONS), GROUP_M)
+    number = pid_n // chunks
+    chunk = pid_n % chunks
     row0 = pid_m.to(tl.int64) * BLOCK_M
-    col0 = (pid_n % tiles_n) * BLOCK_N
-    n0 = pick(POSITIONS, number).to(tl.int64) * GROUP_N + col0
-    offs_m = row0 + tl.arange(0, BLOCK_M)
+    offs_m = tl.arange(0, BLOCK_M)  # from row0 on: 32 bits are enough for what a tile spans
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, RANK)
-    mask_m = offs_m[:, None] < M
-    mask_n = (offs_n < GROUP_N - col0)[None, :]
-    if not DESCRIPTORS:
-        x_ptrs = x_ptr + row0 * stride_xm + (tl.arange(0, BLOCK_M)[:, None] * stride_xm + offs_k[None, :] * stride_xk)
-        w_ptrs = w_ptr + n0 * stride_wn + (offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk)
-    COMPUTE_S: tl.constexpr = HAS_LORA and ONE_PASS
-    DROPOUT: tl.constexpr = COMPUTE_S and PLANES > 0
-    if COMPUTE_S:
-        s_acc = tl.zeros((RANK, BLOCK_M), tl.float32)
-        a_ptrs = a_ptr + number.to(tl.int64) * RANK * stride_ar + (offs_r[:, None] * stride_ar + offs_k[None, :])
-    if DROPOUT and words_ptr is None:
-        k0, k1 = load_key(seed_ptr, site)
-        row_ids = load_row_ids(rows_ptr, offs_m, M)
-        key = pick(KEYS, number)
-
+    mask_m = offs_m[:, None] < M - pid_m * BLOCK_M
     tl.assume(K > 0)  # a loop that may not run costs the pipelining of every wgmma
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        in_k = offs_k < K - k
-        # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
-        if DESCRIPTORS:
-            x = x_ptr.load([row0.to(tl.int32), k])
-            w = tl.trans(w_ptr.load([n0.to(tl.int32), k]))
-        else:
-            x = tl.load(x_ptrs, mask=mask_m if EVEN_K else mask_m & in_k[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=mask_n if EVEN_K else mask_n & in_k[:, None], other=0.0)
-            x_ptrs += BLOCK_K * stride_xk
-            w_ptrs += BLOCK_K * stride_wk
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        if COMPUTE_S:
-            # [RANK, BLOCK_K]
-            a = tl.load(a_ptrs, mask=None if EVEN_K else in_k[None, :], other=None if EVEN_K else 0.0)
-            dropped = x
-            if DROPOUT:
-                if words_ptr is None:
-                    words = keep_words(k0, k1, key, row_ids, k, J, PLANES, BLOCK_K)
-                else:
-                    words = load_words(words_ptr, number, offs_m, k, M, WORDS, BLOCK_K)
-                dropped = drop(x, words)
-            s_acc = tl.dot(a, tl.trans(dropped), s_acc, input_precision=PRECISION)
-            a_ptrs += BLOCK_K
 
     if HAS_LORA:
         # [BLOCK_M, R] in rows of g · R
-        s_ptrs = s_ptr + offs_m[:, None] * (len(POSITIONS) * R) + (number * R + offs_r)[None, :]
+        s_ptrs = s_ptr + row0 * (len(POSITIONS) * R) + (offs_m[:, None] * (len(POSITIONS) * R) + (number * R + offs_r)[None, :])
         mask_s = mask_m & (offs_r < R)[None, :]
-        if COMPUTE_S:
-            s_acc = tl.trans(s_acc)
-            if DROPOUT:
-                s_acc *= 1.0 / (1.0 - J / (1 << PLANES))
-            # every tile of the group has the same s; the first writes it (a scalar & a tensor fails in the interpreter)
-            tl.store(s_ptrs, s_acc.to(s_ptr.dtype.element_ty), mask=mask_s & (col0 + 0 * offs_r == 0)[None, :])
+        if ONE_PASS:
+            (s,) = shrink(
+                x_ptr, a_ptr, seed_ptr, rows_ptr, row0, number, M, K, stride_xm, stride_xk, stride_ar, site,
+                KEYS, 1, J, PLANES, RANK, EVEN_K, PRECISION, BLOCK_M, SHRINK_K, SHRINK_STAGES,
+            )  # fmt: skip
+            # the programs of these rows have the same s; the first writes it (a scalar & a tensor fails in the interpreter)
+            tl.store(s_ptrs, s.to(s_ptr.dtype.element_ty), mask=mask_s & (chunk + 0 * offs_r == 0)[None, :])
         else:
-            if OVERLAP:
-                tl_cuda.gdc_wait()
-            s_acc = tl.load(s_ptrs, mask=mask_s, other=0.0).to(tl.float32)
-        # [RANK, BLOCK_N]
-        b_ptrs = b_ptr + (number.to(tl.int64) * GROUP_N + col0) * RANK + (offs_n[None, :] * RANK + offs_r[:, None])
-        b = tl.load(b_ptrs, mask=mask_n, other=0.0)
-        acc = tl.dot((s_acc * scale).to(b.dtype), b, acc, input_precision=PRECISION)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n0 + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
-    y_ptrs = y_ptr + offs_m[:, None] * N + (n0 + offs_n)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+            s = tl.load(s_ptrs, mask=mask_s, other=0.0).to(tl.float32)
+        s = (s * scale).to(b_ptr.dtype.element_ty)
+
+    for tile in range(chunk * span, tl.minimum((chunk + 1) * span, tl.cdiv(GROUP_N, BLOCK_N))):
+        col0 = tile * BLOCK_N
+        n0 = pick(POSITIONS, number).to(tl.int64) * GROUP_N + col0
+        mask_n = (offs_n < GROUP_N - col0)[None, :]
+        x_ptrs = x_ptr + row0 * stride_xm + (offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk)
+        w_ptrs = w_ptr + n0 * stride_wn + (offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            in_k = offs_k < K - k
+            # [BLOCK_M, BLOCK_K], [BLOCK_K, BLOCK_N]
+            x = tl.load(x_ptrs, mask=mask_m if EVEN_K else mask_m & in_k[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n if EVEN_K else mask_n & in_k[:, None], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_K * stride_xk
+            w_ptrs += BLOCK_K * stride_wk
+        if HAS_LORA:
+            # [RANK, BLOCK_N]
+            b_ptrs = b_ptr + (number.to(tl.int64) * GROUP_N + col0) * RANK + (offs_n[None, :] * RANK + offs_r[:, None])
+            acc = tl.dot(s, tl.load(b_ptrs, mask=mask_n, other=0.0), acc, input_precision=PRECISION)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + n0 + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
+        y_ptrs = y_ptr + row0 * N + n0 + (offs_m[:, None] * N + offs_n[None, :])
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)

@@ -12,11 +12,6 @@ from .tiles import Tile
 __all__ = ["Launch", "launch", "recording"]
 
 
-def _options(warps: int, stages: int, overlap: bool) -> dict[str, Any]:
-    # launch_pdl only where it is wanted: AMD's backend does not know it
-    return {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if overlap else {})}
-
-
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """One start of a kernel: its arguments by name (tensors, numbers, None, constants) and its launch configuration."""
@@ -26,25 +21,21 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
-    overlap: bool = False
 
     def compile(self) -> None:
         """Compile it for the GPU that is here, into Triton's cache, and start nothing."""
-        self.kernel.warmup(grid=(self.programs,), **self.arguments, **_options(self.warps, self.stages, self.overlap))
+        self.kernel.warmup(grid=(self.programs,), **self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
 _recorder: list[Launch] | None = None
 
 
-def launch(kernel: Any, programs: int, tile: Tile, overlap: bool = False, /, **arguments: Any) -> None:
-    """Start `programs` programs of a Triton kernel, or note them where a recording is on.
-
-    overlap: it may start while the kernel before it runs, and waits for that one's results by itself.
-    """
+def launch(kernel: Any, programs: int, tile: Tile, /, **arguments: Any) -> None:
+    """Start `programs` programs of a Triton kernel, or note them where a recording is on."""
     if _recorder is not None:
-        _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages, overlap))
+        _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages))
     else:
-        kernel[(programs,)](**arguments, **_options(tile.warps, tile.stages, overlap))
+        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 @contextlib.contextmanager

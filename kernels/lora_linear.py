@@ -14,14 +14,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.config import OpSpec
 from fastlora.rng import bit_planes
 
 from . import autotune, tiles
 from .backward import backward_kernel, da_kernel, ds_db_kernel
-from .dropout import words_kernel
 from .forward import forward_kernel, shrink_kernel
 from .launch import launch
 from .packing import pack_kernel, reduce_kernel
@@ -34,7 +32,6 @@ _MAX_STRIDE = 2**31 // 256
 _PACK = Tile(0, 0, 0, 4, 1)
 _PACK_BLOCK = 1024
 _REDUCE_BLOCK = 256
-_WORDS = Tile(128, 0, 0, 4, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +80,6 @@ def _call(x: Tensor, weight: Tensor, a: Tensor, spec: OpSpec, seed: Tensor | Non
 def _near(x: Tensor) -> Tensor:
     """x itself, or a copy where its strides are beyond 32-bit offsets inside a tile."""
     return x.contiguous() if max(x.stride()) >= _MAX_STRIDE else x
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can hold x: rows one after another in memory, each a multiple of 16 bytes."""
-    size = x.element_size()
-    return x.stride(1) == 1 and int(x.stride(0)) * size % 16 == 0 and int(x.storage_offset()) * size % 16 == 0
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def _pack(a: Tensor, b: Tensor, dtype: torch.dtype, padded: int) -> tuple[Tensor, Tensor]:
@@ -156,46 +143,34 @@ def forward(
         return forward(x, weight, bias, a, b, spec, seed, rows, plan=plan)
     x, weight = _near(x), _near(weight)
     a, b = _pack(a, b, x.dtype, call.padded)
+    plan, tile, shrink = call.plan, call.plan.forward, call.plan.shrink
+    one_pass = plan.one_pass_forward
     constants = dict(call.constants)
     keys = constants.pop("KEYS")
     adapter = {"a_ptr": a, "s_ptr": s, "seed_ptr": seed, "rows_ptr": rows, "R": call.rank, "stride_ar": a.stride(1)}
     sizes = {"M": m, "K": k, "stride_xm": x.stride(0), "stride_xk": x.stride(1), "site": call.site}
-    plan = call.plan
-    one_pass = plan.one_pass_forward
-    overlap = plan.overlap and not one_pass
     if call.positions and not one_pass:
-        tile = plan.shrink
         per = len(keys) if plan.groups_together else 1
         launch(
-            shrink_kernel, triton.cdiv(m, tile.m) * len(keys) // per, tile,
-            x_ptr=x, **adapter, **sizes, **constants, KEYS=keys, PER=per, EVEN_K=k % tile.k == 0, OVERLAP=overlap,
-            BLOCK_M=tile.m, BLOCK_K=tile.k,
+            shrink_kernel, triton.cdiv(m, shrink.m) * len(keys) // per, shrink,
+            x_ptr=x, **adapter, **sizes, **constants, KEYS=keys, PER=per, EVEN_K=k % shrink.k == 0,
+            BLOCK_M=shrink.m, BLOCK_K=shrink.k, STAGES=shrink.stages,
         )  # fmt: skip
-    tile = plan.forward
-    words = None
-    if plan.ready_bits and one_pass and constants["PLANES"]:
-        words = torch.empty(len(keys), m, triton.cdiv(k, 128) * 4, dtype=torch.int32, device=x.device)
-        launch(
-            words_kernel, triton.cdiv(m, _WORDS.m), _WORDS,
-            words_ptr=words, seed_ptr=seed, rows_ptr=rows, M=m, WORDS=words.shape[2], site=call.site, KEYS=keys,
-            J=constants["J"], PLANES=constants["PLANES"], BLOCK_M=_WORDS.m,
-        )  # fmt: skip
-    described = plan.descriptors and _describable(x) and _describable(weight)
     # the groups with adapters, then those without: these cost a plain product
     for positions, has_lora in ((call.positions, True), (call.plain, False)):
-        if positions:
-            launch(
-                forward_kernel, triton.cdiv(m, tile.m) * triton.cdiv(call.width, tile.n) * len(positions), tile,
-                overlap and has_lora,
-                x_ptr=_descriptor(x, tile.m, tile.k) if described else x,
-                w_ptr=_descriptor(weight, tile.n, tile.k) if described else weight,
-                bias_ptr=bias, b_ptr=b, y_ptr=y, **adapter, words_ptr=words, **sizes, **constants,
-                N=n, GROUP_N=call.width, WORDS=words.shape[2] if words is not None else 0,
-                stride_wn=weight.stride(0), stride_wk=weight.stride(1), scale=spec.scale,
-                POSITIONS=positions, KEYS=keys, HAS_LORA=has_lora, ONE_PASS=one_pass, EVEN_K=k % tile.k == 0,
-                DESCRIPTORS=described, OVERLAP=overlap and has_lora,
-                BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=8,
-            )  # fmt: skip
+        if not positions:
+            continue
+        tiles_m, tiles_n = triton.cdiv(m, tile.m), triton.cdiv(call.width, tile.n)
+        computes_s = has_lora and one_pass
+        span = tiles.span(tiles_m, len(positions), tiles_n, tiles.multiprocessors(x.device)) if computes_s else 1
+        launch(
+            forward_kernel, tiles_m * triton.cdiv(tiles_n, span) * len(positions), tile,
+            x_ptr=x, w_ptr=weight, bias_ptr=bias, b_ptr=b, y_ptr=y, **adapter, **sizes, **constants,
+            N=n, GROUP_N=call.width, stride_wn=weight.stride(0), stride_wk=weight.stride(1), scale=spec.scale, span=span,
+            POSITIONS=positions, KEYS=keys, HAS_LORA=has_lora, ONE_PASS=one_pass,
+            EVEN_K=k % (max(tile.k, shrink.k) if computes_s else tile.k) == 0,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=8, SHRINK_K=shrink.k, SHRINK_STAGES=shrink.stages,
+        )  # fmt: skip
     return y, s
 
 
@@ -286,7 +261,7 @@ def backward(
             **dy_strides, **x_strides, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_ar=a_packed.stride(1),
             scale=spec.scale, **mask, POSITIONS=call.positions, PLAIN=call.plain, ONE_PASS=one_pass,
             EVEN_N=(call.width if one_pass else n) % tile.n == 0, **constants,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+            DY_TWICE=plan.dy_twice, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         )  # fmt: skip
     if need_da and not da_in_epilogue and g:
         tile = plan.da

@@ -12,6 +12,8 @@ from typing import Any
 
 import triton
 
+from .races import races
+
 __all__ = ["Report", "read"]
 
 # Shared memory one program may have, in bytes: CUDA C++ Programming Guide, technical specifications per compute capability.
@@ -38,6 +40,7 @@ class Report:
         serialised: why wgmma is not asynchronous; empty where it is.
         loop: instructions of the loop with most products, per product of a warp in it; 0 where there is none.
         load: bytes that a thread's narrowest load from global memory moves in the loops with products; 0 where there is none.
+        races: shared memory that is written while an asynchronous product reads it (races.py).
     """
 
     registers: int
@@ -50,10 +53,12 @@ class Report:
     serialised: str
     loop: float
     load: int
+    races: list[str]
 
     def problems(self, arch: int, uses_tensor_cores: bool, measured: bool) -> list[str]:
         """Why sm_{arch} must not use this; empty where it may. measured: the plan it belongs to has a measured time."""
         found = []
+        found += [f"race: {race}" for race in self.races]
         if self.spills_in_loops:
             found.append(f"{self.spills_in_loops} local loads or stores inside an MMA loop")
         if self.serialised:
@@ -143,4 +148,5 @@ def read(compiled: Any, arch: int, cpu_seconds: float) -> Report:
         serialised=_serialised(said, loops),
         loop=round(_per_product(loops), 1),
         load=_narrowest_load(loops),
+        races=races(compiled.asm["ttgir"]),
     )

@@ -7,8 +7,11 @@ that of sm_80) and by class: precision ("half", "tf32", "ieee"), padded rank (at
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,11 +26,13 @@ __all__ = [
     "Row",
     "Tile",
     "architecture",
+    "assuming",
     "choose",
     "multiprocessors",
     "padded_rank",
     "precision_of",
     "row_of",
+    "span",
 ]
 
 Precision = Literal["half", "tf32", "ieee"]
@@ -58,14 +63,14 @@ class Plan:
 
     Args:
         forward, backward: tiles of the two big products.
-        shrink, ds_db, da: tiles of the light passes (n or k of no use there is 0).
-        one_pass_forward: s is computed beside x Wᵀ; else by the shrink pass.
+        shrink, ds_db, da: tiles of the light passes (n or k of no use there is 0). In one_pass_forward shrink's k and stages
+            are those of the loop that computes s.
+        one_pass_forward: one launch computes s and then y; else the shrink pass computes s of all groups.
         one_pass_backward: ds and dB are computed beside dy W; else by a pass over dy.
         da_in_epilogue: dA is computed from x and ds beside dx; else by a pass over both.
         groups_together: the light passes over x serve all groups from one reading; else a group each, for large ranks.
-        ready_bits: the one-pass forward reads its mask from memory, drawn by a pass of its own, instead of drawing it.
-        descriptors: the forward copies its tiles by tensor descriptors (TMA), where x and weight allow it: Hopper and later.
-        overlap: it starts while the shrink pass runs (programmatic dependent launch): Hopper and later.
+        dy_twice: dB's product in the one-pass backward loads its tile of dy again instead of taking the one that dy W reads.
+            Needed where products are asynchronous, from Hopper on (backward.columns says why).
     """
 
     forward: Tile
@@ -77,9 +82,7 @@ class Plan:
     one_pass_backward: bool
     da_in_epilogue: bool
     groups_together: bool = True
-    ready_bits: bool = False
-    descriptors: bool = False
-    overlap: bool = False
+    dy_twice: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,28 +137,36 @@ OFF, ON, ANY = (False,), (True,), (False, True)
 TABLE = (
     Row((90,), "half", 16, OFF, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
-        shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
+        shrink=Tile(32, 0, 256, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
         one_pass_forward=True, one_pass_backward=True, da_in_epilogue=True)),
+    Row((90,), "half", 16, ON, Plan(
+        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
+        shrink=Tile(32, 0, 256, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(64, 0, 128, 4, 3, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
     Row((90,), "half", 32, OFF, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
         shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
         one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
-    Row((90,), "half", 16, ON, Plan(
-        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 4),
-        shrink=Tile(64, 0, 128, 4, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(64, 0, 128, 4, 3, 2),
-        one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
     Row((90,), "half", 32, ON, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
-        shrink=Tile(32, 0, 128, 4, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
-        one_pass_forward=False, one_pass_backward=True, da_in_epilogue=False)),
+        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+    Row((100,), "half", 16, OFF, Plan(
+        forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 256, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
     Row((100,), "half", 32, OFF, Plan(
-        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        forward=Tile(128, 128, 64, 8, 4), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
         one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+    Row((100,), "half", 16, ON, Plan(
+        forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 256, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
     Row((100,), "half", 32, ON, Plan(
-        forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        forward=Tile(128, 128, 64, 8, 4), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
-        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False)),
+        one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
     Row((90, 100), "half", 64, ANY, Plan(
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(64, 0, 128, 4, 2),
@@ -170,12 +181,12 @@ TABLE = (
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
     Row((80,), "half", 32, OFF, Plan(
         forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
-        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
-        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False, dy_twice=False)),
     Row((80,), "half", 32, ON, Plan(
         forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
-        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
-        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False)),
+        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
     Row((80,), "half", 64, ANY, Plan(
         forward=Tile(128, 128, 32, 8, 4), backward=Tile(64, 32, 128, 8, 4),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
@@ -248,7 +259,42 @@ def architecture(device: torch.device) -> int:
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=80)
 
 
-@functools.cache
+# What `assuming` puts in place of a device's own number.
+_assumed: int | None = None
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side; 4 in the interpreter, enough for programs to persist over several row tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    if _assumed is not None:
+        return _assumed
+    return _multiprocessors(device) if device.type == "cuda" else 4
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextlib.contextmanager
+def assuming(processors: int) -> Iterator[None]:
+    """Within it every device has so many multiprocessors: for compiling what a GPU that is not here would launch."""
+    global _assumed
+    before, _assumed = _assumed, processors
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@functools.cache
+def span(tiles_m: int, groups: int, tiles_n: int, processors: int) -> int:
+    """How many of the tiles_n tiles of N one program of the one-launch forward takes.
+
+    The split with the shortest makespan: a program computes s first, which takes about as long as one tile, and a wave of
+    programs as long as one program. Of equal ones the widest, which draws each bit least often.
+    """
+
+    def makespan(width: int) -> int:
+        return math.ceil(tiles_m * groups * math.ceil(tiles_n / width) / processors) * (1 + width)
+
+    return min(range(tiles_n, 0, -1), key=makespan)

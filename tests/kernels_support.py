@@ -28,13 +28,6 @@ ONE_PASS = Plan(
 TWO_PASSES = dataclasses.replace(ONE_PASS, one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False)
 GROUP_BY_GROUP = dataclasses.replace(TWO_PASSES, one_pass_backward=True, groups_together=False)
 PLANS = {"one-pass": ONE_PASS, "two-passes": TWO_PASSES, "group-by-group": GROUP_BY_GROUP}
-# The alternatives that benchmarks/device.py --tune measures; overlap needs instructions that the interpreter does not have.
-VARIANTS = {
-    "ready-bits": dataclasses.replace(ONE_PASS, ready_bits=True, forward=Tile(32, 32, 64, 4, 2)),
-    "descriptors": dataclasses.replace(ONE_PASS, descriptors=True),
-    "descriptors-two-passes": dataclasses.replace(TWO_PASSES, descriptors=True),
-}
-OVERLAP = dataclasses.replace(TWO_PASSES, overlap=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,18 +20,13 @@ from fastlora.kernels import compile
 sys.exit(compile.main(sys.argv[1:]))
 """
 COMPILE_TEST_PLANS = """
-import dataclasses, torch
-from kernels_support import OVERLAP, PLANS, VARIANTS
+import torch
+from kernels_support import PLANS
 from fastlora.kernels import compile, tiles
 config = compile.Config(tiles.Call(90, "half", 16, True), torch.float16, (True, False, True), width=133)
-for name, plan in {**PLANS, **VARIANTS, "overlap": OVERLAP}.items():
-    # rows of 133 are nothing that a descriptor can hold
-    config = dataclasses.replace(config, width=136 if plan.descriptors else 133)
-    for launch in compile.launches(config, plan):
-        # the alternatives are of the forward alone
-        if name in PLANS or launch.kernel.__name__ in ("forward_kernel", "shrink_kernel", "words_kernel"):
-            described = launch.arguments.get("DESCRIPTORS", False)
-            print(name, launch.kernel.__name__, described, compile.compile_launch(launch, 90).registers)
+for name, plan in PLANS.items():
+    for launch in sum(compile.launches(config, plan), []):
+        print(name, launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
 """
 COMPILE_ONES = """
 import torch
@@ -39,7 +34,7 @@ from kernels_support import ONE_PASS, TWO_PASSES
 from fastlora.kernels import compile, tiles
 config = compile.Config(tiles.Call(90, "half", 16, True), torch.bfloat16, (True,), width=1, rows=1, rank=1)
 for plan in (ONE_PASS, TWO_PASSES):
-    for launch in compile.launches(config, plan):
+    for launch in sum(compile.launches(config, plan), []):
         print(launch.kernel.__name__, compile.compile_launch(launch, 90).registers)
 """
 # The table with a forward tile that no row has; the arguments are its numbers. Then the command itself, on that forward alone.
@@ -63,7 +58,8 @@ report = compile.compile_launch(Launch(no_product, 1, {"x_ptr": x, "BLOCK": 32},
 print(report.problems(90, uses_tensor_cores=True, measured=False))
 """
 GOOD = Report(
-    registers=200, stack=0, shared=1000, mma=8, wgmma=8, cpu_seconds=1.0, spills_in_loops=0, serialised="", loop=10.0, load=16
+    registers=200, stack=0, shared=1000, mma=8, wgmma=8, cpu_seconds=1.0, spills_in_loops=0, serialised="", loop=10.0, load=16,
+    races=[],
 )  # fmt: skip
 LOOP = """
 .L_x_1:
@@ -102,10 +98,10 @@ def test_rows_of_the_table_compile_without_spills_or_serialised_wgmma() -> None:
 def test_plans_that_the_interpreter_runs_compile_too() -> None:
     said = run_compiler(COMPILE_TEST_PLANS)
     for kernel in (
+        "one-pass forward_kernel",
         "one-pass backward_kernel",
-        "ready-bits words_kernel",
-        "descriptors forward_kernel True",
-        "overlap shrink_kernel",
+        "two-passes shrink_kernel",
+        "group-by-group da_kernel",
     ):
         assert kernel in said
 
@@ -147,6 +143,7 @@ def test_each_rule_of_a_report_alone() -> None:
         ({"shared": 164 * 1024}, "167936 bytes of shared memory, sm_80 has 166912"),
         ({"mma": 0}, "tensor cores lost"),
         ({"stack": 72}, "72 bytes of stack and no measured time"),
+        ({"races": ["%dy is written at backward.py:45"]}, "race: %dy is written at backward.py:45"),
     ):
         (problem,) = dataclasses.replace(GOOD, **change).problems(80, True, False)  # type: ignore[arg-type]
         assert words in problem
