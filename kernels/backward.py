@@ -34,7 +34,7 @@ def add_to_slot(ptrs, value, mask, first):
 def columns(
     acc, ds, s_t, dy_ptrs, w_ptrs, b_ptrs, db_ptrs, mask_m, mask_k, first, WIDTH, stride_dyn, stride_wn,
     WITH_DS: tl.constexpr, WITH_DB: tl.constexpr, RANK: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    DY_TWICE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc += dy W, ds += dy B and db += s dy over WIDTH columns of N; s_t is sᵀ [RANK, BLOCK_M], db is [RANK, WIDTH]."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -51,12 +51,10 @@ def columns(
             ds = tl.dot(dy, b, ds, input_precision=PRECISION)
             b_ptrs += BLOCK_N * RANK
         if WITH_DB:
-            if DY_TWICE:
-                # A load of its own, which another eviction policy keeps apart: were dy's buffer also read by a product that is
-                # not asynchronous, Triton 3.6 to 3.9 would give it one buffer too few (its issue 6691).
-                dy = tl.load(
-                    dy_ptrs, mask=mask_m if EVEN_N else mask_m & in_n[None, :], other=0.0, eviction_policy="evict_last"
-                )
+            # A load of its own, which another eviction policy keeps apart: were dy's buffer also read by a product that is not
+            # asynchronous, Triton 3.6 to 3.9 would give it one buffer too few (its issue 6691).
+            mask_dy = mask_m if EVEN_N else mask_m & in_n[None, :]
+            dy = tl.load(dy_ptrs, mask=mask_dy, other=0.0, eviction_policy="evict_last")
             db = tl.dot(s_t, dy, input_precision=PRECISION)
             add_to_slot(db_ptrs, db, in_n[None, :], first)
             db_ptrs += BLOCK_N
@@ -70,13 +68,12 @@ def backward_kernel(
     dy_ptr, x_ptr, s_ptr, w_ptr, a_ptr, b_ptr, ds_ptr, dx_ptr, da_ptr, db_ptr, seed_ptr, rows_ptr,
     M, N, K, GROUP_N, R, slots, stride_dym, stride_dyn, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, scale, site,
     POSITIONS: tl.constexpr, PLAIN: tl.constexpr, KEYS: tl.constexpr, J: tl.constexpr, PLANES: tl.constexpr,
-    RANK: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, DY_TWICE: tl.constexpr,
+    RANK: tl.constexpr, ONE_PASS: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx, and where they are asked for ds, dA and dB (ds_ptr, da_ptr, db_ptr not None), tile by tile of rows.
 
     POSITIONS: the groups with an adapter; PLAIN: those without. ONE_PASS: ds is computed, else it is read from ds_ptr.
-    DY_TWICE: see columns.
     """
     G: tl.constexpr = len(POSITIONS)
     WITH_DB: tl.constexpr = db_ptr is not None
@@ -109,12 +106,12 @@ def backward_kernel(
                 n0 = tl.cast(GROUP_N, tl.int64) * PLAIN[i]
                 acc, ds = columns(
                     acc, ds, ds, dy_ptrs + n0 * stride_dyn, w_ptrs + n0 * stride_wn, b_ptr, b_ptr, mask_m, mask_k, 0,
-                    GROUP_N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
+                    GROUP_N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, BLOCK_N,
                 )  # fmt: skip
         else:
             acc, ds = columns(
                 acc, ds, ds, dy_ptrs, w_ptrs, b_ptr, b_ptr, mask_m, mask_k, 0,
-                N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
+                N, stride_dyn, stride_wn, False, False, RANK, EVEN_N, PRECISION, BLOCK_N,
             )  # fmt: skip
         if PLANES > 0:
             row_ids = load_row_ids(rows_ptr, offs_m, M)
@@ -138,14 +135,14 @@ def backward_kernel(
                     db_g += offs_r[:, None] * GROUP_N + offs_n[None, :]
                     acc, ds = columns(
                         acc, ds, s_t, dy_g, w_g, b_g, db_g, mask_m, mask_k, tl.cast(tile_m < slots * tiles_k, tl.int32),
-                        GROUP_N, stride_dyn, stride_wn, True, True, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
+                        GROUP_N, stride_dyn, stride_wn, True, True, RANK, EVEN_N, PRECISION, BLOCK_N,
                     )  # fmt: skip
                     # keeps LLVM from merging the ends of the two loops, after which ptxas would serialise every wgmma
                     tl.debug_barrier()
                 else:
                     acc, ds = columns(
                         acc, ds, ds, dy_g, w_g, b_g, b_g, mask_m, mask_k, 0,
-                        GROUP_N, stride_dyn, stride_wn, True, False, RANK, EVEN_N, PRECISION, DY_TWICE, BLOCK_N,
+                        GROUP_N, stride_dyn, stride_wn, True, False, RANK, EVEN_N, PRECISION, BLOCK_N,
                     )  # fmt: skip
                 ds_half = (ds * (scale * keep)).to(w_ptr.dtype.element_ty)
                 if ds_ptr is not None:

@@ -261,7 +261,7 @@ def backward(
             **dy_strides, **x_strides, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_ar=a_packed.stride(1),
             scale=spec.scale, **mask, POSITIONS=call.positions, PLAIN=call.plain, ONE_PASS=one_pass,
             EVEN_N=(call.width if one_pass else n) % tile.n == 0, **constants,
-            DY_TWICE=plan.dy_twice, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         )  # fmt: skip
     if need_da and not da_in_epilogue and g:
         tile = plan.da

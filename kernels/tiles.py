@@ -69,8 +69,6 @@ class Plan:
         one_pass_backward: ds and dB are computed beside dy W; else by a pass over dy.
         da_in_epilogue: dA is computed from x and ds beside dx; else by a pass over both.
         groups_together: the light passes over x serve all groups from one reading; else a group each, for large ranks.
-        dy_twice: dB's product in the one-pass backward loads its tile of dy again instead of taking the one that dy W reads.
-            Needed where products are asynchronous, from Hopper on (backward.columns says why).
     """
 
     forward: Tile
@@ -82,7 +80,6 @@ class Plan:
     one_pass_backward: bool
     da_in_epilogue: bool
     groups_together: bool = True
-    dy_twice: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +176,7 @@ TABLE = (
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(64, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(32, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
-    Row((80,), "half", 32, OFF, Plan(
-        forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
-        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
-        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False, dy_twice=False)),
-    Row((80,), "half", 32, ON, Plan(
+    Row((80,), "half", 32, ANY, Plan(
         forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
         shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
         one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
