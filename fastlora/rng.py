@@ -7,9 +7,10 @@ sharded, and backward draws the same bits again instead of storing them.
     key     = (seed low word, seed high word ^ site * 0x9E3779B9)
     counter = (row identity, column // 128, group, plane)
 
-One call gives 4 x 32 bits: one *bit plane* for 128 columns; column c has bit c % 32 of word (c % 128) // 32. A probability is
+One call gives 4 x 32 bits: one *bit plane* for 128 columns; column c has bit (c % 32) // 4 + 8 * (c % 4) of word
+(c % 128) // 32, so that on a GPU one shift puts four neighbours' bits on the signs of a word's four bytes. A probability is
 rounded to j / 2**k with k <= 8; plane i holds bit i of a k-bit number u, and an element is dropped when u < j. The folding is
-bitwise, 32 decisions at a time. fastlora.kernels.dropout draws the same bits on a GPU.
+bitwise, 32 decisions at a time. fastlora.kernels.dropout draws the same bits on a GPU, kernels/thin.c on a CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ COLUMNS_PER_CALL = 128
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+# (distance, mask): a word's bits under the mask change places with those so far above. So do bits 0 and 1 of a bit's number,
+# then 0 and 3, 1 and 2, 1 and 4: what was 8 * (c % 4) + c // 4 becomes c.
+_SWAPS = ((1, 0x22222222), (7, 0x00AA00AA), (2, 0x0C0C0C0C), (14, 0x0000CCCC))
 
 
 def bit_planes(p: float) -> tuple[int, int]:
@@ -87,6 +91,9 @@ def drop_bytes(seed: Tensor, site: int, groups: tuple[int, ...], rows: Tensor, c
     for i, word in enumerate(_philox(counter, key)):
         bits = word.expand(len(groups), planes, blocks, -1).to(torch.int32)
         drop[..., i] = _fold(bits, j).transpose(1, 2)
+    for distance, mask in _SWAPS:
+        moved = (drop >> distance).bitwise_xor_(drop).bitwise_and_(mask)
+        drop.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(distance))
     return drop.view(torch.uint8).flatten(2)
 
 

@@ -3,8 +3,8 @@
     key     = (seed low word, seed high word ^ site * 0x9E3779B9)
     counter = (row identity, column // 128, group, plane)
 
-One call gives one bit plane of 128 columns; column c has bit c % 32 of word (c % 128) // 32. An element is kept when the
-k-bit number u of its planes is at least J, with J / 2**k the drop rate. See fastlora.rng for the derivation.
+One call gives one bit plane of 128 columns; column c has bit (c % 32) // 4 + 8 * (c % 4) of word (c % 128) // 32. An element is
+kept when the k-bit number u of its planes is at least J, with J / 2**k the drop rate. See fastlora.rng for the derivation.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def drop(tile, words):
     BLOCK_M: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
     spread = tl.broadcast_to(words[:, :, None], (BLOCK_M, COLUMNS // 32, 32))
-    bits = tl.reshape(spread, (BLOCK_M, COLUMNS)) >> (tl.arange(0, COLUMNS) % 32).to(tl.uint32)[None, :]
+    column = tl.arange(0, COLUMNS)[None, :]
+    bits = tl.reshape(spread, (BLOCK_M, COLUMNS)) >> (column % 32 // 4 + column % 4 * 8).to(tl.uint32)
     return tl.where((bits & 1) != 0, tile, tl.zeros_like(tile))
 
 

@@ -99,7 +99,7 @@ TARGET INLINE void NAME(multiply)(const vu *a, uint32_t multiplier, vu *low, vu 
 #endif
 }
 
-/* words [WORDS, ROWS]: bit c of word w is set where column 32 w + c of this block is dropped; fastlora.rng says how. */
+/* words [WORDS, ROWS]: bit j + 8 i of word w is set where column 32 w + 4 j + i of this block drops; see fastlora.rng. */
 TARGET INLINE void NAME(draw)(const struct job *job, int64_t first, int64_t group, int64_t block, uint32_t *words) {
     for (int part = 0; part < ROWS; part += LANES) {
         vu less[WORDS] = {{0}};
@@ -130,19 +130,22 @@ TARGET INLINE void NAME(draw)(const struct job *job, int64_t first, int64_t grou
     }
 }
 
-/* v where the lowest bits of `drop` are clear, else 0. */
+/* v where the bits of its columns, words of `draw` shifted to the first of them, are clear, else 0. */
 TARGET INLINE void NAME(keep)(vf *v, uint32_t drop) {
+#define FOUR(j) 1 << (j), 1 << ((j) + 8), 1 << ((j) + 16), 1 << ((j) + 24)
 #if LANES == 16
-    *v = (vf)_mm512_maskz_mov_ps((__mmask16)~drop, (__m512)*v);
+    const vi bit = {FOUR(0), FOUR(1), FOUR(2), FOUR(3)};
+    *v = (vf)_mm512_maskz_mov_ps(_mm512_testn_epi32_mask((__m512i)bit, _mm512_set1_epi32((int)drop)), (__m512)*v);
 #else
 #if LANES == 8
-    const vi bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    const vi bit = {FOUR(0), FOUR(1)};
 #else
-    const vi bit = {1, 2, 4, 8};
+    const vi bit = {FOUR(0)};
 #endif
     const vi kept = (((vi){0} + (int32_t)drop) & bit) == 0;
     *v = (vf)((vi)*v & kept);
 #endif
+#undef FOUR
 }
 
 /* sums [rows, ranks] = x [rows, k] aᵀ of a few rows, every lane with a sum of its own. */
@@ -154,7 +157,7 @@ TARGET INLINE void NAME(dot)(const float *const *x, const float *a, int64_t k, c
         for (int row = 0; row < ABREAST; row++) {
             vf v = LOAD(x[row] + c);
             if (masked)
-                NAME(keep)(&v, words[c / 32 * ROWS + row] >> c % 32);
+                NAME(keep)(&v, words[c / 32 * ROWS + row] >> c % 32 / 4);
 #pragma GCC unroll 4
             for (int rank = 0; rank < ranks; rank++)
                 sum[row][rank] += v * LOAD(a + rank * k + c);
@@ -174,7 +177,7 @@ TARGET INLINE void NAME(outer)(const struct job *job, int n, int64_t columns, co
             for (int rank = 0; rank < ranks; rank++)
                 own[rank] = LOAD(a + rank * job->k + c);
         for (int row = 0; row < n; row++) {
-            const uint32_t drop = masked ? words[c / 32 * ROWS + row] >> c % 32 : 0;
+            const uint32_t drop = masked ? words[c / 32 * ROWS + row] >> c % 32 / 4 : 0;
             vf v = LOAD(x + row * job->stride + c), add = {0};
             if (masked)
                 NAME(keep)(&v, drop);

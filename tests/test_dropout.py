@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora import rng
+from fastlora import cpu, rng, thin
 from fastlora.kernels.dropout import drop, keep_words, load_key, load_row_ids
 from kernels_support import DEVICE
 
@@ -103,8 +103,8 @@ def test_mask_depends_on_nothing_but_its_key() -> None:
     assert torch.equal(rng.keep_mask(SEED, 4, 1, rows, 333, 0.25)[:, :200], whole)
 
 
-def test_first_words_are_philox_4x32_7() -> None:
-    """Against Philox written out once more, with Python's own integers."""
+def written_out(site: int, group: int, row: int, columns: int) -> torch.Tensor:
+    """Where p = 0.5 keeps, by Philox and the order of its bits written out once more, with Python's own integers."""
 
     def philox(c: list[int], k: list[int]) -> list[int]:
         for _ in range(7):
@@ -113,13 +113,28 @@ def test_first_words_are_philox_4x32_7() -> None:
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
         return c
 
-    seed, site, group = int(SEED), 6, 2
-    key = [seed & 0xFFFFFFFF, (seed >> 32) ^ ((site * 0x9E3779B9) & 0xFFFFFFFF)]
-    kept = rng.keep_mask(SEED, site, group, torch.tensor([9]), 256, 0.5)[0]
-    for column in range(256):
-        words = philox([9, column // 128, group, 0], key)
-        bit = words[column % 128 // 32] >> (column % 32) & 1
-        assert bool(kept[column]) == bool(bit)  # p = 0.5: u < 1 drops where the bit is 0
+    key = [int(SEED) & 0xFFFFFFFF, (int(SEED) >> 32) ^ ((site * 0x9E3779B9) & 0xFFFFFFFF)]
+    bit_of = [j + 8 * i for j in range(8) for i in range(4)]  # of a word's 32 columns, in order
+    kept = []
+    for column in range(columns):
+        word = philox([row, column // 128, group, 0], key)[column % 128 // 32]
+        kept.append(bool(word >> bit_of[column % 32] & 1))  # u < 1 drops where the bit is 0
+    return torch.tensor(kept)
+
+
+def test_bits_are_those_of_philox_4x32_7_in_the_stated_order() -> None:
+    kept, rows = written_out(6, 2, 9, 256), torch.tensor([9])
+    assert torch.equal(rng.keep_mask(SEED, 6, 2, rows, 256, 0.5)[0], kept)
+    assert torch.equal(kernel_mask(SEED, 6, 2, rows, 1, 256, 0.5)[0] == 1, kept)
+    decisions = rng.drop_bytes(SEED, 6, (2,), rows, 256, 0.5)[0, 0]
+    assert torch.equal(decisions[:, None] >> torch.arange(8) & 1 == 0, kept.view(-1, 8))
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
+def test_the_cpu_kernels_take_the_same_bits_in_the_same_order(lanes: int) -> None:
+    x = torch.eye(256)
+    s = thin.shrink(x, torch.ones(1, 1, 256), SEED, torch.full((256,), 9), 0.5, 6, [2])
+    assert torch.equal(s[:, 0] != 0, written_out(6, 2, 9, 256))
 
 
 def test_scale_keeps_the_mean() -> None:
