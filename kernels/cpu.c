@@ -18,6 +18,15 @@ int fastlora_lanes(int most) {
     return 4;
 }
 
+void fastlora_settle(float *sums, float *high, float *low, size_t n) {
+    for (size_t i = 0; i < n; i++) { /* what the rounded sum lost, exactly: Knuth, TAOCP vol. 2, 4.2.2, theorem B */
+        const float total = high[i] + sums[i], added = total - high[i];
+        const float lost = (high[i] - (total - added)) + (sums[i] - added);
+        low[i] += lost == lost ? lost : 0; /* of an infinite sum it is NaN */
+        high[i] = total, sums[i] = 0;
+    }
+}
+
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 /* GOMP_parallel of the OpenMP that torch runs on, or NULL. */

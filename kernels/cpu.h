@@ -21,6 +21,9 @@
 /* run(&parts[i]) for each i < n on so many threads; parts are `size` bytes each. Where one cannot start, others do its work. */
 void fastlora_run(void (*run)(void *), void *parts, size_t size, int n, int threads);
 
+/* high + low += sums, which begin anew: n sums of float32 to which many others are added, a few of them first summed in `sums`. */
+void fastlora_settle(float *sums, float *high, float *low, size_t n);
+
 /* one of the three functions named `stem`, by the width of vectors */
 #if defined(__x86_64__)
 #define CHOOSE(stem, lanes) ((lanes) == 16 ? stem##_16 : (lanes) == 8 ? stem##_8 : stem##_4)

@@ -28,7 +28,8 @@ struct part {
     int64_t first, last, wide; /* wide: the most keys, in whole vectors of 16 */
     float *p, *dp;             /* [wide, wide] */
     float *k, *v;              /* [wide, d], with the prefix before */
-    float *dk, *dv;            /* [prefix, heads · d], of the prefix */
+    float *dk, *dv;            /* [prefix, heads · d] each, of the prefix and the last sequences */
+    float *high, *low;         /* [2, prefix, heads · d], of all before */
 };
 
 #define SELF "short_attention.c"
@@ -49,7 +50,7 @@ int fastlora_attend(const float *q, int64_t q_stride, const float *k, const floa
     const int64_t wide = (prefix + longest + 15) / 16 * 16, most = rows * heads * d / 16384; /* threads take time to wake */
     const int n = most < 1 ? 1 : most < threads ? (int)most : threads;
     const size_t square = (size_t)(wide * wide), tall = (size_t)(wide * d), shared = dy ? (size_t)(prefix * heads * d) : 0;
-    const size_t each = 2 * square + 2 * tall + 2 * shared;
+    const size_t each = 2 * square + 2 * tall + 6 * shared;
     struct part *const parts = calloc((size_t)n, sizeof *parts);
     float *const space = calloc((size_t)n * each, sizeof *space);
     if (!parts || !space) {
@@ -59,25 +60,30 @@ int fastlora_attend(const float *q, int64_t q_stride, const float *k, const floa
     for (int i = 0; i < n; i++) {
         float *p = space + (size_t)i * each;
         struct part *const part = &parts[i];
-        *part = (struct part){&job, rows * i / n, rows * (i + 1) / n, wide, NULL, NULL, NULL, NULL, NULL, NULL};
+        *part = (struct part){&job, rows * i / n, rows * (i + 1) / n, wide,
+                              NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
         part->k = p, p += tall;
         part->v = p, p += tall;
         part->p = p, p += square;
         part->dp = p, p += square;
-        part->dk = p, part->dv = p + shared;
+        part->dk = p, part->dv = p + shared, p += 2 * shared;
+        part->high = p, part->low = p + 2 * shared;
     }
     if (prefix && !pooled)
         CHOOSE(attend_prefix, lanes)(&parts[0]);
     fastlora_run(CHOOSE(attend, lanes), parts, sizeof *parts, n, threads);
+    for (int i = 1; i < n; i++) {
+        fastlora_settle(parts[i].high, parts[0].high, parts[0].low, 2 * shared);
+        fastlora_settle(parts[i].low, parts[0].high, parts[0].low, 2 * shared);
+    }
     for (int64_t row = 0; dy && row < prefix; row++)
         for (int64_t c = 0; c < heads * d; c++) {
             float *const to_k = dk + row * dk_stride + c, *const to_v = dv + row * dk_stride + c;
             if (pooled) /* else the prefix' own rows were there first */
                 *to_k = *to_v = 0;
-            for (int i = 0; i < n; i++) {
-                *to_k += parts[i].dk[row * heads * d + c];
-                *to_v += parts[i].dv[row * heads * d + c];
-            }
+            const float *const high = parts[0].high + row * heads * d + c, *const low = parts[0].low + row * heads * d + c;
+            *to_k += *high + *low;
+            *to_v += high[shared] + low[shared];
         }
     free(parts), free(space);
     return 0;
@@ -353,7 +359,8 @@ TARGET static void NAME(attend_prefix)(const struct part *part) {
 TARGET static void NAME(attend)(void *given) {
     const struct part *const part = given;
     const struct job *const job = part->job;
-    int64_t row = 0, sequence = 0;
+    const size_t shared = job->dy ? (size_t)(2 * job->prefix * job->heads * job->d) : 0;
+    int64_t row = 0, sequence = 0, unsettled = 0;
     for (int64_t run = 0; run < job->n_runs; run++) {
         const int64_t length = job->runs[2 * run + 1];
         for (int64_t i = 0; i < job->runs[2 * run]; i++, row += length, sequence++) {
@@ -363,8 +370,11 @@ TARGET static void NAME(attend)(void *given) {
             for (int64_t head = 0; head < job->heads; head++)
                 NAME(one)(part, head, job->pooled ? sequence : at, job->pooled ? 1 : length, at, length, job->prefix,
                           job->causal && !job->pooled);
+            if (++unsettled % 16 == 0)
+                fastlora_settle(part->dk, part->high, part->low, shared);
         }
     }
+    fastlora_settle(part->dk, part->high, part->low, shared);
 }
 
 #undef VECTORS
