@@ -203,34 +203,44 @@ TARGET INLINE void NAME(fetch)(const float *x, int64_t stride, int64_t n, int64_
 
 /* The sums over their lanes of four vectors, in every quarter a part of each. */
 TARGET INLINE void NAME(quarter)(const vf *sums, vf *quarters) {
-#if LANES == 16
+#if AVX(16)
     const __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
     const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
     const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
     *quarters = (vf)((__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd));
-#elif LANES == 8
+#elif AVX(8)
     const __m256 a = (__m256)sums[0], b = (__m256)sums[1], c = (__m256)sums[2], d = (__m256)sums[3];
     const __m256d ab = (__m256d)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
     const __m256d cd = (__m256d)(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
     *quarters = (vf)((__m256)_mm256_unpacklo_pd(ab, cd) + (__m256)_mm256_unpackhi_pd(ab, cd));
 #else
-    for (int i = 0; i < 4; i++)
-        (*quarters)[i] = NAME(sum)(&sums[i]);
+    for (int i = 0; i < LANES; i++) {
+        const int at = i / 4 * 4;
+        (*quarters)[i] = (sums[i % 4][at] + sums[i % 4][at + 2]) + (sums[i % 4][at + 1] + sums[i % 4][at + 3]);
+    }
 #endif
 }
 
 /* The quarters of four times LANES / 4 vectors, added up: one number of each vector, in order. */
 TARGET INLINE void NAME(gather)(const vf *quarters, vf *sums) {
-#if LANES == 16
+#if AVX(16)
     const __m512 a = (__m512)quarters[0], b = (__m512)quarters[1], c = (__m512)quarters[2], d = (__m512)quarters[3];
     const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
     const __m512 cd = _mm512_shuffle_f32x4(c, d, 0x88) + _mm512_shuffle_f32x4(c, d, 0xDD);
     *sums = (vf)(_mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xDD));
-#elif LANES == 8
+#elif AVX(8)
     const __m256 a = (__m256)quarters[0], b = (__m256)quarters[1];
     *sums = (vf)(_mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31));
 #else
-    *sums = quarters[0];
+    for (int i = 0; i < LANES; i++) {
+        float part[LANES / 4];
+        for (int quarter = 0; quarter < LANES / 4; quarter++)
+            part[quarter] = quarters[i / 4 % (LANES / 4)][quarter * 4 + i % 4];
+        for (int n = LANES / 8; n; n /= 2)
+            for (int j = 0; j < n; j++)
+                part[j] = part[2 * j] + part[2 * j + 1];
+        (*sums)[i] = part[0];
+    }
 #endif
 }
 

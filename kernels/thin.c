@@ -30,7 +30,7 @@ struct job {
     float factor; /* of what is kept */
 };
 
-/* What one thread has to itself: its rows, the decisions of a tile for all columns, its part of dA of the last tiles and of all. */
+/* What one thread has to itself: its rows, the decisions of a tile for all columns, dA of its last tiles and of all before. */
 struct part {
     const struct job *job;
     int64_t first, last;
@@ -83,12 +83,12 @@ int fastlora_thin(const float *x, int64_t stride, int64_t m, int64_t k, const fl
 
 /* Both words of a · multiplier. */
 TARGET INLINE void NAME(multiply)(const vu *a, uint32_t multiplier, vu *low, vu *high) {
-#if LANES == 16
+#if AVX(16)
     const __m512i v = (__m512i)*a, by = _mm512_set1_epi32((int)multiplier);
     const __m512i even = _mm512_mul_epu32(v, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), by);
     *low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
     *high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-#elif LANES == 8
+#elif AVX(8)
     const __m256i v = (__m256i)*a, by = _mm256_set1_epi32((int)multiplier);
     const __m256i even = _mm256_mul_epu32(v, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), by);
     *low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
@@ -137,13 +137,14 @@ TARGET INLINE void NAME(keep)(vf *v, uint32_t drop) {
 #define FOUR(j) 1 << (j), 1 << ((j) + 8), 1 << ((j) + 16), 1 << ((j) + 24)
 #if LANES == 16
     const vi bit = {FOUR(0), FOUR(1), FOUR(2), FOUR(3)};
-    *v = (vf)_mm512_maskz_mov_ps(_mm512_testn_epi32_mask((__m512i)bit, _mm512_set1_epi32((int)drop)), (__m512)*v);
-#else
-#if LANES == 8
+#elif LANES == 8
     const vi bit = {FOUR(0), FOUR(1)};
 #else
     const vi bit = {FOUR(0)};
 #endif
+#if AVX(16)
+    *v = (vf)_mm512_maskz_mov_ps(_mm512_testn_epi32_mask((__m512i)bit, _mm512_set1_epi32((int)drop)), (__m512)*v);
+#else
     const vi kept = (((vi){0} + (int32_t)drop) & bit) == 0;
     *v = (vf)((vi)*v & kept);
 #endif

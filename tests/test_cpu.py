@@ -79,6 +79,17 @@ def test_lanes_are_at_most_what_is_asked_for() -> None:
 
 
 @compiled
+def test_lanes_are_at_most_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    widest = cpu.lanes(16)
+    for asked, expected in {"4": 4, "8": min(8, widest), "16": widest}.items():
+        monkeypatch.setenv("FASTLORA_LANES", asked)
+        assert cpu.lanes.__wrapped__() == expected
+    monkeypatch.setenv("FASTLORA_LANES", "32")
+    with pytest.raises(ValueError, match="FASTLORA_LANES must be 4, 8 or 16, got '32'"):
+        cpu.lanes.__wrapped__()
+
+
+@compiled
 def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         @staticmethod

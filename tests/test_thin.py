@@ -113,7 +113,7 @@ def test_sums_over_many_columns_err_little(lanes: int) -> None:
     truth = x.double() @ a[0].double().T
     error = (thin.shrink(x, a, None, None, 0.0, 0, [0]) - truth).abs().max()
     assert error < likely(k * (33 / 2 + (k / (32 * lanes) + 1) / 2 + math.log2(lanes) + 1))
-    if lanes == cpu.lanes():
+    if lanes == cpu._library().fastlora_lanes(16):  # type: ignore[union-attr]  # a BLAS takes the machine's widest
         assert error < (x @ a[0].T - truth).abs().max() + 2 * HALF * truth.abs().max()
 
 
