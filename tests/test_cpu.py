@@ -13,6 +13,7 @@ import torch
 from fastlora import cpu, thin
 from fastlora.encoders import short_attention
 from fastlora.encoders.packing import Sequences
+from waiting import HANG
 
 compiled = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 
@@ -61,7 +62,7 @@ def test_another_thread_may_call() -> None:
         "assert all(torch.allclose(a, b) for a, b in zip(first, other, strict=True))\n"
     )
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=here)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, cwd=here)
     assert done.returncode == 0, done.stderr
 
 
