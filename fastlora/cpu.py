@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def _library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("fastlora.kernels._cpu")
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    return _load(spec.origin)
+
+
+def _load(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = [*arguments, c_int, c_int]
     library.fastlora_parallel.argtypes = [c_void_p]
@@ -60,15 +65,21 @@ def available() -> bool:
 
 
 @functools.cache
-def lanes(most: int = 16) -> int:
-    """How many floats a vector holds here, `most` at most: 16 with AVX-512, 8 with AVX2, else 4.
+def lanes(most: int | None = None) -> int:
+    """How many floats a vector holds here: 16 with AVX-512, 8 with AVX2, else 4; at most `most`, or FASTLORA_LANES if None.
 
     Raises:
         RuntimeError: the kernels are not available.
+        ValueError: FASTLORA_LANES is no such number.
     """
     library = _library()
     if library is None:
         raise RuntimeError("fastlora's CPU kernels were not compiled: install a C compiler, then fastlora again")
+    if most is None:  # tests run at each width that the machine has
+        asked = os.environ.get("FASTLORA_LANES", "16")
+        if asked not in ("4", "8", "16"):
+            raise ValueError(f"FASTLORA_LANES must be 4, 8 or 16, got {asked!r}")
+        most = int(asked)
     return library.fastlora_lanes(most)
 
 

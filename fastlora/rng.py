@@ -28,8 +28,8 @@ COLUMNS_PER_CALL = 128
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-# (distance, mask): a word's bits under the mask change places with those so far above. So do bits 0 and 1 of a bit's own
-# number, then 0 and 3, 1 and 2, 1 and 4: what was 8 * (c % 4) + c // 4 becomes c.
+# (distance, mask): a word's bits under the mask change places with those so far above. So do bits 0 and 1 of a bit's number,
+# then 0 and 3, 1 and 2, 1 and 4: what was 8 * (c % 4) + c // 4 becomes c.
 _SWAPS = ((1, 0x22222222), (7, 0x00AA00AA), (2, 0x0C0C0C0C), (14, 0x0000CCCC))
 
 

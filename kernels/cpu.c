@@ -7,15 +7,26 @@
 
 /* The widest vectors of this machine, at most so many floats: 16, 8 or 4. */
 int fastlora_lanes(int most) {
-#if defined(__x86_64__)
+#ifdef PORTABLE
+    (void)most;
+    return PORTABLE;
+#else
     if (most >= 16 && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
         return 16;
     if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return 8;
-#endif
-    (void)most;
     return 4;
+#endif
+}
+
+void fastlora_settle(float *sums, float *high, float *low, size_t n) {
+    for (size_t i = 0; i < n; i++) { /* what the rounded sum lost, exactly: Knuth, TAOCP vol. 2, 4.2.2, theorem B */
+        const float total = high[i] + sums[i], added = total - high[i];
+        const float lost = (high[i] - (total - added)) + (sums[i] - added);
+        low[i] += lost == lost ? lost : 0; /* of an infinite sum it is NaN */
+        high[i] = total, sums[i] = 0;
+    }
 }
 
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);

@@ -1,6 +1,6 @@
 /* Includes SELF once for each width of vectors, with LANES floats in one: AVX-512, AVX2, and what any machine can do. */
 
-#if defined(__x86_64__)
+#ifndef PORTABLE
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
 #include "vectors.h"
@@ -13,8 +13,10 @@
 #include SELF
 #undef LANES
 #undef TARGET
-#endif
 #define LANES 4
+#else
+#define LANES PORTABLE
+#endif
 #define TARGET
 #include "vectors.h"
 #include SELF

@@ -28,7 +28,8 @@ struct part {
     int64_t first, last, wide; /* wide: the most keys, in whole vectors of 16 */
     float *p, *dp;             /* [wide, wide] */
     float *k, *v;              /* [wide, d], with the prefix before */
-    float *dk, *dv;            /* [prefix, heads · d], of the prefix */
+    float *dk, *dv;            /* [prefix, heads · d] each, of the prefix and the last sequences */
+    float *high, *low;         /* [2, prefix, heads · d], of all before */
 };
 
 #define SELF "short_attention.c"
@@ -49,7 +50,7 @@ int fastlora_attend(const float *q, int64_t q_stride, const float *k, const floa
     const int64_t wide = (prefix + longest + 15) / 16 * 16, most = rows * heads * d / 16384; /* threads take time to wake */
     const int n = most < 1 ? 1 : most < threads ? (int)most : threads;
     const size_t square = (size_t)(wide * wide), tall = (size_t)(wide * d), shared = dy ? (size_t)(prefix * heads * d) : 0;
-    const size_t each = 2 * square + 2 * tall + 2 * shared;
+    const size_t each = 2 * square + 2 * tall + 6 * shared;
     struct part *const parts = calloc((size_t)n, sizeof *parts);
     float *const space = calloc((size_t)n * each, sizeof *space);
     if (!parts || !space) {
@@ -59,25 +60,30 @@ int fastlora_attend(const float *q, int64_t q_stride, const float *k, const floa
     for (int i = 0; i < n; i++) {
         float *p = space + (size_t)i * each;
         struct part *const part = &parts[i];
-        *part = (struct part){&job, rows * i / n, rows * (i + 1) / n, wide, NULL, NULL, NULL, NULL, NULL, NULL};
+        *part = (struct part){&job, rows * i / n, rows * (i + 1) / n, wide,
+                              NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
         part->k = p, p += tall;
         part->v = p, p += tall;
         part->p = p, p += square;
         part->dp = p, p += square;
-        part->dk = p, part->dv = p + shared;
+        part->dk = p, part->dv = p + shared, p += 2 * shared;
+        part->high = p, part->low = p + 2 * shared;
     }
     if (prefix && !pooled)
         CHOOSE(attend_prefix, lanes)(&parts[0]);
     fastlora_run(CHOOSE(attend, lanes), parts, sizeof *parts, n, threads);
+    for (int i = 1; i < n; i++) {
+        fastlora_settle(parts[i].high, parts[0].high, parts[0].low, 2 * shared);
+        fastlora_settle(parts[i].low, parts[0].high, parts[0].low, 2 * shared);
+    }
     for (int64_t row = 0; dy && row < prefix; row++)
         for (int64_t c = 0; c < heads * d; c++) {
             float *const to_k = dk + row * dk_stride + c, *const to_v = dv + row * dk_stride + c;
             if (pooled) /* else the prefix' own rows were there first */
                 *to_k = *to_v = 0;
-            for (int i = 0; i < n; i++) {
-                *to_k += parts[i].dk[row * heads * d + c];
-                *to_v += parts[i].dv[row * heads * d + c];
-            }
+            const float *const high = parts[0].high + row * heads * d + c, *const low = parts[0].low + row * heads * d + c;
+            *to_k += *high + *low;
+            *to_v += high[shared] + low[shared];
         }
     free(parts), free(space);
     return 0;
@@ -197,34 +203,44 @@ TARGET INLINE void NAME(fetch)(const float *x, int64_t stride, int64_t n, int64_
 
 /* The sums over their lanes of four vectors, in every quarter a part of each. */
 TARGET INLINE void NAME(quarter)(const vf *sums, vf *quarters) {
-#if LANES == 16
+#if AVX(16)
     const __m512 a = (__m512)sums[0], b = (__m512)sums[1], c = (__m512)sums[2], d = (__m512)sums[3];
     const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
     const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
     *quarters = (vf)((__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd));
-#elif LANES == 8
+#elif AVX(8)
     const __m256 a = (__m256)sums[0], b = (__m256)sums[1], c = (__m256)sums[2], d = (__m256)sums[3];
     const __m256d ab = (__m256d)(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
     const __m256d cd = (__m256d)(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
     *quarters = (vf)((__m256)_mm256_unpacklo_pd(ab, cd) + (__m256)_mm256_unpackhi_pd(ab, cd));
 #else
-    for (int i = 0; i < 4; i++)
-        (*quarters)[i] = NAME(sum)(&sums[i]);
+    for (int i = 0; i < LANES; i++) {
+        const int at = i / 4 * 4;
+        (*quarters)[i] = (sums[i % 4][at] + sums[i % 4][at + 2]) + (sums[i % 4][at + 1] + sums[i % 4][at + 3]);
+    }
 #endif
 }
 
 /* The quarters of four times LANES / 4 vectors, added up: one number of each vector, in order. */
 TARGET INLINE void NAME(gather)(const vf *quarters, vf *sums) {
-#if LANES == 16
+#if AVX(16)
     const __m512 a = (__m512)quarters[0], b = (__m512)quarters[1], c = (__m512)quarters[2], d = (__m512)quarters[3];
     const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xDD);
     const __m512 cd = _mm512_shuffle_f32x4(c, d, 0x88) + _mm512_shuffle_f32x4(c, d, 0xDD);
     *sums = (vf)(_mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xDD));
-#elif LANES == 8
+#elif AVX(8)
     const __m256 a = (__m256)quarters[0], b = (__m256)quarters[1];
     *sums = (vf)(_mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31));
 #else
-    *sums = quarters[0];
+    for (int i = 0; i < LANES; i++) {
+        float part[LANES / 4];
+        for (int quarter = 0; quarter < LANES / 4; quarter++)
+            part[quarter] = quarters[i / 4 % (LANES / 4)][quarter * 4 + i % 4];
+        for (int n = LANES / 8; n; n /= 2)
+            for (int j = 0; j < n; j++)
+                part[j] = part[2 * j] + part[2 * j + 1];
+        (*sums)[i] = part[0];
+    }
 #endif
 }
 
@@ -353,7 +369,8 @@ TARGET static void NAME(attend_prefix)(const struct part *part) {
 TARGET static void NAME(attend)(void *given) {
     const struct part *const part = given;
     const struct job *const job = part->job;
-    int64_t row = 0, sequence = 0;
+    const size_t shared = job->dy ? (size_t)(2 * job->prefix * job->heads * job->d) : 0;
+    int64_t row = 0, sequence = 0, unsettled = 0;
     for (int64_t run = 0; run < job->n_runs; run++) {
         const int64_t length = job->runs[2 * run + 1];
         for (int64_t i = 0; i < job->runs[2 * run]; i++, row += length, sequence++) {
@@ -363,8 +380,11 @@ TARGET static void NAME(attend)(void *given) {
             for (int64_t head = 0; head < job->heads; head++)
                 NAME(one)(part, head, job->pooled ? sequence : at, job->pooled ? 1 : length, at, length, job->prefix,
                           job->causal && !job->pooled);
+            if (++unsettled % 16 == 0)
+                fastlora_settle(part->dk, part->high, part->low, shared);
         }
     }
+    fastlora_settle(part->dk, part->high, part->low, shared);
 }
 
 #undef VECTORS

@@ -12,7 +12,8 @@ The file is compiled once for each width of vectors (each_width.h); the machine 
 
 #include "cpu.h"
 
-enum { ROWS = 16, COLUMNS = 128, WORDS = COLUMNS / 32, ROUNDS = 7 };
+/* Sums of float32 are kept short: of so many rows, of so many tiles of them, and then what is lost is kept. */
+enum { ROWS = 16, TILES = 16, COLUMNS = 128, WORDS = COLUMNS / 32, ROUNDS = 7 };
 
 /* One call. What is not wanted is NULL; a mask of no planes keeps all. */
 struct job {
@@ -29,12 +30,12 @@ struct job {
     float factor; /* of what is kept */
 };
 
-/* What one thread has to itself: its rows, the decisions of a tile for all columns, its part of dA. */
+/* What one thread has to itself: its rows, the decisions of a tile for all columns, dA of its last tiles and of all before. */
 struct part {
     const struct job *job;
     int64_t first, last;
     uint32_t *words;
-    float *da;
+    float *da, *high, *low;
 };
 
 #define SELF "thin.c"
@@ -53,23 +54,24 @@ int fastlora_thin(const float *x, int64_t stride, int64_t m, int64_t k, const fl
     const int n = most < 1 ? 1 : most < threads ? (int)most : threads;
     const size_t words = (size_t)blocks * WORDS * ROWS, sums = da ? (size_t)(g * r * k) : 0;
     struct part *const parts = calloc((size_t)n, sizeof *parts);
-    uint32_t *const space = calloc((size_t)n * (words + sums), sizeof *space);
+    uint32_t *const space = calloc((size_t)n * (words + 3 * sums), sizeof *space);
     if (!parts || !space) {
         free(parts), free(space);
         return 1;
     }
     for (int i = 0; i < n; i++) {
-        uint32_t *const own = space + (size_t)i * (words + sums);
+        uint32_t *const own = space + (size_t)i * (words + 3 * sums);
+        float *const da = (float *)(own + words);
         const int64_t first = tiles * i / n * ROWS, last = tiles * (i + 1) / n * ROWS;
-        parts[i] = (struct part){&job, first, last < m ? last : m, own, (float *)(own + words)};
+        parts[i] = (struct part){&job, first, last < m ? last : m, own, da, da + sums, da + 2 * sums};
     }
     fastlora_run(CHOOSE(pass, lanes), parts, sizeof *parts, n, threads);
-    for (size_t c = 0; c < sums; c++) {
-        float sum = parts[0].da[c];
-        for (int i = 1; i < n; i++)
-            sum += parts[i].da[c];
-        da[c] = sum;
+    for (int i = 1; i < n; i++) {
+        fastlora_settle(parts[i].high, parts[0].high, parts[0].low, sums);
+        fastlora_settle(parts[i].low, parts[0].high, parts[0].low, sums);
     }
+    for (size_t c = 0; c < sums; c++)
+        da[c] = parts[0].high[c] + parts[0].low[c];
     free(parts), free(space);
     return 0;
 }
@@ -81,12 +83,12 @@ int fastlora_thin(const float *x, int64_t stride, int64_t m, int64_t k, const fl
 
 /* Both words of a · multiplier. */
 TARGET INLINE void NAME(multiply)(const vu *a, uint32_t multiplier, vu *low, vu *high) {
-#if LANES == 16
+#if AVX(16)
     const __m512i v = (__m512i)*a, by = _mm512_set1_epi32((int)multiplier);
     const __m512i even = _mm512_mul_epu32(v, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), by);
     *low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
     *high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-#elif LANES == 8
+#elif AVX(8)
     const __m256i v = (__m256i)*a, by = _mm256_set1_epi32((int)multiplier);
     const __m256i even = _mm256_mul_epu32(v, by), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), by);
     *low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
@@ -135,39 +137,50 @@ TARGET INLINE void NAME(keep)(vf *v, uint32_t drop) {
 #define FOUR(j) 1 << (j), 1 << ((j) + 8), 1 << ((j) + 16), 1 << ((j) + 24)
 #if LANES == 16
     const vi bit = {FOUR(0), FOUR(1), FOUR(2), FOUR(3)};
-    *v = (vf)_mm512_maskz_mov_ps(_mm512_testn_epi32_mask((__m512i)bit, _mm512_set1_epi32((int)drop)), (__m512)*v);
-#else
-#if LANES == 8
+#elif LANES == 8
     const vi bit = {FOUR(0), FOUR(1)};
 #else
     const vi bit = {FOUR(0)};
 #endif
+#if AVX(16)
+    *v = (vf)_mm512_maskz_mov_ps(_mm512_testn_epi32_mask((__m512i)bit, _mm512_set1_epi32((int)drop)), (__m512)*v);
+#else
     const vi kept = (((vi){0} + (int32_t)drop) & bit) == 0;
     *v = (vf)((vi)*v & kept);
 #endif
 #undef FOUR
 }
 
-/* sums [rows, ranks] = x [rows, k] aᵀ of a few rows, every lane with a sum of its own. */
+/* sums [rows, ranks] = x [rows, k] aᵀ of a few rows, every lane with sums of its own, of STEPS products and then of those. */
 TARGET INLINE void NAME(dot)(const float *const *x, const float *a, int64_t k, const uint32_t *words, int masked, int ranks,
                              float (*sums)[4]) {
-    vf sum[ABREAST][4] = {{{0}}};
-    for (int64_t c = 0; c < k; c += LANES)
+    enum { STEPS = 32 };
+    vf total[ABREAST][4] = {{{0}}};
+    for (size_t c = 0; c < (size_t)k;) {
+        const size_t last = (size_t)k - c < STEPS * LANES ? (size_t)k : c + STEPS * LANES;
+        vf sum[ABREAST][4] = {{{0}}};
+        for (; c < last; c += LANES)
 #pragma GCC unroll 4
-        for (int row = 0; row < ABREAST; row++) {
-            vf v = LOAD(x[row] + c);
-            if (masked)
-                NAME(keep)(&v, words[c / 32 * ROWS + row] >> c % 32 / 4);
+            for (int row = 0; row < ABREAST; row++) {
+                vf v = LOAD(x[row] + c);
+                if (masked)
+                    NAME(keep)(&v, words[c / 32 * ROWS + row] >> c % 32 / 4);
+#pragma GCC unroll 4
+                for (int rank = 0; rank < ranks; rank++)
+                    sum[row][rank] += v * LOAD(a + rank * k + c);
+            }
+#pragma GCC unroll 4
+        for (int row = 0; row < ABREAST; row++)
 #pragma GCC unroll 4
             for (int rank = 0; rank < ranks; rank++)
-                sum[row][rank] += v * LOAD(a + rank * k + c);
-        }
+                total[row][rank] += sum[row][rank];
+    }
     for (int row = 0; row < ABREAST; row++)
         for (int rank = 0; rank < ranks; rank++)
-            sums[row][rank] = NAME(sum)(&sum[row][rank]);
+            sums[row][rank] = NAME(sum)(&total[row][rank]);
 }
 
-/* da [ranks, columns] += dsᵀ D(x), dx += Dᵀ(ds a), of n rows. Summed over the tile before it is added: sums of sums err less. */
+/* da [ranks, columns] += dsᵀ D(x), dx += Dᵀ(ds a), of n rows. The tile is summed before it is added: sums of sums err less. */
 TARGET INLINE void NAME(outer)(const struct job *job, int n, int64_t columns, const float *x, const float *a, const float *ds,
                                float *dx, float *da, const uint32_t *words, int masked, int ranks) {
     for (int64_t c = 0; c < columns; c += LANES) {
@@ -271,6 +284,8 @@ TARGET static void NAME(pass)(void *given) {
                         SOME(NAME(outers), part, first, n, i, rank, block * COLUMNS, part->words);
                     }
                 }
+        if (job->da && (first + ROWS >= part->last || (first - part->first) / ROWS % TILES == TILES - 1))
+            fastlora_settle(part->da, part->high, part->low, (size_t)(job->g * job->r * job->k));
     }
 }
 

@@ -15,7 +15,7 @@ typedef uint32_t NAME(words) __attribute__((vector_size(4 * LANES), aligned(4), 
 
 /* The sum of a vector's numbers, or the largest of them. */
 TARGET INLINE float NAME(fold)(const vf *v, int largest) {
-#if LANES == 16
+#if AVX(16)
     return largest ? _mm512_reduce_max_ps((__m512)*v) : _mm512_reduce_add_ps((__m512)*v);
 #else
     float half[LANES];

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import read_rows
+from waiting import HANG
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -18,7 +19,7 @@ def run_benchmark(*arguments: str, folder: Path) -> list[dict[str, Any]]:
     # a benchmark is timed by one process at a time, whatever the suite that starts it runs under
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=BENCHMARKS.parent, timeout=600
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=BENCHMARKS.parent, timeout=HANG
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]

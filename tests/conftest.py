@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shlex
+import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,33 @@ if not torch.cuda.is_available():
     repair_interpreter()
 
 
+@pytest.fixture(scope="session")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    """The CPU kernels of one width, compiled for machines that have no such vectors."""
+    from fastlora import cpu
+
+    @functools.cache
+    def library(width: int) -> Any:
+        made = tmp_path_factory.mktemp("portable") / f"{width}.so"
+        compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
+        options = [f"-DPORTABLE={width}", "-O1", "-shared", "-fPIC", "-pthread", "-o", str(made)]
+        try:
+            subprocess.run([*compiler, *options, *map(str, (ROOT / "kernels").glob("*.c")), "-lm"], check=True)
+        except FileNotFoundError:
+            pytest.skip(f"this machine has neither vectors of {width} floats nor a C compiler")
+        return cpu._load(str(made))
+
+    return library
+
+
 @pytest.fixture(params=[4, 8, 16], ids=lambda n: f"{n}-lanes")
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The CPU kernels with vectors of so many floats."""
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, portable: Callable[[int], Any]) -> int:
+    """The CPU kernels with vectors of so many floats, whatever this machine has."""
     from fastlora import cpu
 
     if cpu.lanes(request.param) != request.param:
-        pytest.skip(f"this machine has no vectors of {request.param} floats")
+        library = portable(request.param)
+        monkeypatch.setattr(cpu, "_library", lambda: library)
     monkeypatch.setattr(cpu, "lanes", lambda: request.param)
     return request.param
 

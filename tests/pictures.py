@@ -61,6 +61,31 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "fastlora", *arguments]
 
 
+# so that what is done to a run in another process reaches it in the middle, however fast it is
+_PAUSING = """
+import sys
+from pathlib import Path
+from fastlora import cli
+from fastlora.fewshot.loop import Loop
+after, mark = int(sys.argv[1]), Path(sys.argv[2])
+sys.argv = ["fastlora", *sys.argv[3:]]
+step, taken = Loop.train_step, []
+def train_step(loop):
+    step(loop)
+    taken.append(loop)
+    if len(taken) == after:
+        mark.touch()
+        sys.stdin.read()
+Loop.train_step = train_step
+cli.main()
+"""
+
+
+def pausing(after: int, mark: Path, *arguments: str) -> list[str]:
+    """The command line in a process of its own, which makes the file `mark` after so many steps and goes on when stdin ends."""
+    return [sys.executable, "-c", _PAUSING, str(after), str(mark), *arguments]
+
+
 class Ran(NamedTuple):
     """What a command left: its exit code and what it wrote."""
 

@@ -17,6 +17,7 @@ from fastlora.fewshot import datasets, models
 from fastlora.fewshot.datasets import generated
 from fastlora.fewshot.datasets.generated import Mini
 from pictures import command, make_folder, one_line, train_arguments
+from waiting import HANG
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -203,7 +204,7 @@ def test_info(fastlora: Any) -> None:
 
 
 def test_as_a_module(tmp_path: Path) -> None:
-    ran = subprocess.run(command("train", "nowhere", "--out", "r"), capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    ran = subprocess.run(command("train", "nowhere", "--out", "r"), capture_output=True, text=True, cwd=tmp_path, timeout=HANG)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from fastlora.kernels import machine_code
 from fastlora.kernels.machine_code import Report
+from waiting import HANG
 
 # The interpreter is chosen when Triton is imported, so what compiles runs in a process without it.
 COMPILE_TABLE = """
@@ -81,7 +82,7 @@ def run_compiler(code: str, *arguments: str, status: int = 0) -> str:
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments],
-        capture_output=True, text=True, env=environment, timeout=600,
+        capture_output=True, text=True, env=environment, timeout=HANG,
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout

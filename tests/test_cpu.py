@@ -13,6 +13,7 @@ import torch
 from fastlora import cpu, thin
 from fastlora.encoders import short_attention
 from fastlora.encoders.packing import Sequences
+from waiting import HANG
 
 compiled = pytest.mark.skipif(not cpu.available(), reason="the package was installed without a C compiler")
 
@@ -61,7 +62,7 @@ def test_another_thread_may_call() -> None:
         "assert all(torch.allclose(a, b) for a, b in zip(first, other, strict=True))\n"
     )
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=here)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, cwd=here)
     assert done.returncode == 0, done.stderr
 
 
@@ -76,6 +77,17 @@ def test_without_a_compiler_there_is_an_error_that_says_so(monkeypatch: pytest.M
 @compiled
 def test_lanes_are_at_most_what_is_asked_for() -> None:
     assert cpu.lanes(4) == 4 and cpu.lanes(8) in (4, 8) and cpu.lanes() in (4, 8, 16)
+
+
+@compiled
+def test_lanes_are_at_most_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    widest = cpu.lanes(16)
+    for asked, expected in {"4": 4, "8": min(8, widest), "16": widest}.items():
+        monkeypatch.setenv("FASTLORA_LANES", asked)
+        assert cpu.lanes.__wrapped__() == expected
+    monkeypatch.setenv("FASTLORA_LANES", "32")
+    with pytest.raises(ValueError, match="FASTLORA_LANES must be 4, 8 or 16, got '32'"):
+        cpu.lanes.__wrapped__()
 
 
 @compiled

@@ -16,6 +16,7 @@ from torch.multiprocessing import start_processes
 
 from fastlora.fewshot.distributed import ALONE, Ranks
 from pictures import command, make_folder, tiny_clip, train_arguments
+from waiting import HANG
 
 
 def torchrun(processes: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -30,7 +31,7 @@ def torchrun(processes: int, *arguments: str, cwd: Path) -> subprocess.Completed
         "fastlora",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launch, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 def history(run: Path) -> list[list[float]]:
@@ -81,7 +82,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--batch-size", "4", "--rank", "4")
     subprocess.run(
-        command(*train_arguments(data, one, model, *more)), cwd=tmp_path, check=True, capture_output=True, timeout=300
+        command(*train_arguments(data, one, model, *more)), cwd=tmp_path, check=True, capture_output=True, timeout=HANG
     )
     done = torchrun(2, *train_arguments(data, two, model, *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -21,6 +21,7 @@ from fastlora.fewshot.store import OnCPU, OnDevice, Pinned
 from fastlora.fewshot.stream import Stream
 from loops import CPU
 from pictures import photo
+from waiting import wait
 
 MAX_SIDE, SIZE = 24, 16
 DRAWS = Recipe(batch_size=3, seed=4)
@@ -53,13 +54,8 @@ def workers(of: Stream) -> list[int]:
     return [worker.pid for worker in of._batches._workers]  # type: ignore[union-attr]
 
 
-def gone(processes: list[int], seconds: float = 20.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if not any(Path(f"/proc/{process}").exists() for process in processes):
-            return True
-        time.sleep(0.05)
-    return False
+def wait_until_gone(processes: list[int]) -> None:
+    wait(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
 @pytest.mark.parametrize("fill", [False, True], ids=["short", "filled"])
@@ -74,7 +70,7 @@ def test_pixels_are_those_of_memory_and_workers_stay(items: list[Item], fill: bo
         assert torch.equal(streamed.fetch(draws(step)), kept.fetch(draws(step))), step
         assert workers(streamed) == processes
     streamed.close()
-    assert gone(processes)
+    wait_until_gone(processes)
 
 
 def test_for_a_gpu_whole_images_are_handed_over(items: list[Item]) -> None:
@@ -109,7 +105,7 @@ def test_a_file_that_is_gone_is_named(items: list[Item], tmp_path: Path) -> None
         for step in range(STEPS):
             streamed.fetch(draws(step))
     streamed.close()
-    assert gone(processes)
+    wait_until_gone(processes)
 
 
 def test_a_worker_that_is_killed_is_an_error_not_a_hang(items: list[Item]) -> None:

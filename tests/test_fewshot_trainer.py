@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder, atomic
 from fastlora.fewshot.signals import Signals
 from fastlora.fewshot.trainer import Job
-from pictures import command, make_folder, photo, train_arguments
+from pictures import make_folder, pausing, photo, train_arguments
+from waiting import HANG, wait
 
 QUIET = Console(quiet=True)
 CLASSES = ("red thing", "grün", "blue_thing")
@@ -334,16 +334,16 @@ class TestResume:
         self, model: str, folder: Path, tmp_path: Path, longer: Path, number: signal.Signals
     ) -> None:
         out = tmp_path / "r"
-        arguments = train_arguments(folder, out, model, "--iterations", "100", "--checkpoint-steps", "2")
+        mark = tmp_path / "paused"
+        arguments = pausing(5, mark, *train_arguments(folder, out, model, "--iterations", "100", "--checkpoint-steps", "2"))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
         with subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+            arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=tmp_path
         ) as process:
-            until = time.monotonic() + 120
-            while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
-                time.sleep(0.02)
+            wait(lambda: mark.exists() or process.poll() is not None)
             process.send_signal(number)
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=HANG)
         assert (out / "checkpoint.pt").exists() and not (out / "metrics.json").exists(), errors
         if number == signal.SIGTERM:
             assert process.returncode == 143

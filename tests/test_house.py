@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastlora
+from waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
@@ -60,7 +61,7 @@ ANYWHERE = {"testing", "", "__init__"}
 
 def run_python(code: str) -> str:
     """What `code` prints in a fresh interpreter outside the repository; fails with its error if it raises."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -36,6 +36,7 @@ from kernels_support import (
     poisoned,
     run,
 )
+from waiting import HANG
 
 # bfloat16 only on a GPU: the interpreter's tl.dot multiplies its raw bits.
 DTYPES = [
@@ -309,7 +310,7 @@ def test_no_access_outside_of_memory_and_no_race(tool: str) -> None:
     # torch's allocator would hide an access beyond a tensor inside its own larger blocks
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-W", "ignore", "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
     if "not supported" in done.stdout:
         pytest.skip(f"compute-sanitizer does not work on this machine: {done.stdout[-300:]}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

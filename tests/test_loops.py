@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from models import features, inputs, randomise_adapters, tiny
 from sharded import BATCH, Step, train
+from waiting import HANG
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen([sys.executable, str(script), str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    errors = [process.communicate(timeout=HANG)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     return folder
 

@@ -90,6 +90,20 @@ def test_any_sequences(runs: list[tuple[int, int]], prefix: int, causal: bool, t
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_what_a_prefix_gets_of_many_sequences_errs_little(lanes: int) -> None:
+    """A long sum, kept short: within the floor of the budget, without what torch's own sum may err."""
+    sequences = make(((1500, 4),), True, 6, False)
+    values, dy = draw(0, 6 + sequences.body, 3 * WIDTH), draw(1, 6 + sequences.body, WIDTH)
+
+    def gradient(of: Any, dtype: torch.dtype) -> Tensor:
+        qkv = values.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(of(qkv), qkv, dy.to(dtype))[0][: sequences.prefix].double()
+
+    truth = gradient(lambda qkv: reference(qkv, sequences), torch.float64)
+    got = gradient(lambda qkv: short_attention.attend(qkv, HEADS, sequences), torch.float32)
+    assert (got - truth).abs().max() < 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1e4])
 def test_scores_of_any_size(lanes: int, size: float) -> None:
     """The largest score is taken off first: nothing overflows, and what is far below it is 0."""

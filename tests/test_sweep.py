@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from fastlora.fewshot.shared import Shared
 from fastlora.fewshot.sweep import render, results, runner, tables
 from fastlora.fewshot.sweep.execute import BUSY, Place, execute, locked
 from fastlora.fewshot.sweep.grid import Grid, parse
-from pictures import command, make_folder
+from pictures import make_folder, pausing
+from waiting import wait
 
 QUIET = Console(quiet=True)
 VOLATILE = ("seconds", "train_seconds", "steps_per_second", "memory", "date")
@@ -108,20 +108,19 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_rows(
     assert len(steps) == 8 * 4  # no step was taken twice
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_rows(
+def test_killed_in_the_middle_it_goes_on_to_the_same_rows(
     grid: Grid, model: str, folder: Path, tmp_path: Path, undisturbed: tuple[Path, list[dict[str, Any]]]
 ) -> None:
     out = tmp_path / "out"
     grid_file = tmp_path / "grid.yaml"
     grid_file.write_text(json.dumps(values(model, folder)))  # JSON is YAML
-    arguments = command("sweep", str(grid_file), "--out", str(out), "--device", "cpu")
+    mark = tmp_path / "paused"
+    arguments = pausing(14, mark, "sweep", str(grid_file), "--out", str(out), "--device", "cpu")  # in the fourth run
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
     ) as process:
-        until = time.monotonic() + 120
-        while len(list(out.glob("*/metrics.json"))) < 3 and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
+        wait(lambda: mark.exists() or process.poll() is not None)
         process.kill()
         said = process.communicate()[0]
     done = len(list(out.glob("*/metrics.json")))

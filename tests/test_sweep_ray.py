@@ -7,15 +7,33 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from fastlora.fewshot.sweep import results
 from pictures import command, make_folder, tiny_clip
+from waiting import HANG, wait
 
 pytest.importorskip("ray", reason="the Ray engine is an optional extra: pip install 'fastlora[ray]'")
+
+
+def two_killed(out: Path, killed: dict[int, str]) -> bool:
+    """Kill workers that are in the middle of a run, until there were two; they are held still while that is looked up."""
+    for lock in out.glob("*/.lock"):
+        pid = int(lock.read_text() or 0)
+        if not pid or pid in killed or (lock.parent / "metrics.json").exists():
+            continue
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            os.kill(pid, signal.SIGSTOP)
+            wait(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZX")
+            if lock.read_text() == f"{pid}\n" and not (lock.parent / "metrics.json").exists():
+                os.kill(pid, signal.SIGKILL)
+                killed[pid] = lock.parent.name
+            os.kill(pid, signal.SIGCONT)
+        if len(killed) == 2:
+            return True
+    return False
 
 
 @pytest.mark.slow
@@ -32,16 +50,8 @@ def test_two_workers_killed_on_the_way(tmp_path: Path) -> None:
     with subprocess.Popen(
         [*arguments, "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
     ) as process:
-        until = time.monotonic() + 120
-        while process.poll() is None and len(killed) < 2 and time.monotonic() < until:
-            for lock in out.glob("*/.lock"):
-                pid = lock.read_text().strip()
-                if len(killed) < 2 and pid and int(pid) not in killed and not (lock.parent / "metrics.json").exists():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(pid), signal.SIGKILL)
-                        killed[int(pid)] = lock.parent.name
-            time.sleep(0.02)
-        said = process.communicate(timeout=120)[0]
+        wait(lambda: process.poll() is not None or two_killed(out, killed))
+        said = process.communicate(timeout=HANG)[0]
     assert process.returncode == 0 and len(killed) == 2, said
     rows = results.read_rows(out / "rows.jsonl")
     assert len(rows) == len({row["run"] for row in rows}) == 8

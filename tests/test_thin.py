@@ -83,14 +83,62 @@ def test_values_are_within_the_error_budget(
     assert any(not torch.equal(value, plain[0][name]) for name, value in ours[0].items())
 
 
+# Rounding a sum changes it by at most HALF of its size. Where these changes are many and independent, each is uniform: squared,
+# a third of that on average. For products of mean square 1 a sum of n of them has mean square n.
+HALF = 2.0**-24
+
+
+def likely(squares: float) -> float:
+    """Five standard deviations of what rounding makes of a sum; `squares`: of all sums on the way to it, added up."""
+    return 5 * HALF * math.sqrt(squares / 3)
+
+
 @compiled
-def test_long_sums_err_less_than_torchs() -> None:
-    """dA sums over all rows: tile by tile, so that the error does not grow with their number."""
+def test_sums_over_many_rows_err_little(lanes: int) -> None:
+    """dA: 1 + … + 16 for each sixteen rows, 16 · (1 + … + 16) for each sixteen of these, then once: 19 a row, however many."""
     m, k = 20_000, 64
     x, a, ds = draw(m, k), draw(1, 2, k), draw(m, 2, seed=2)
     truth = ds.double().T @ x.double()
     error = (thin.shrink_backward(ds, x, a, None, None, None, 0.0, 0, [0])[0] - truth).abs().max()
-    assert error < (ds.T @ x - truth).abs().max()
+    assert error < likely(19 * m)
+    # the second part is for a BLAS that sums in float64 and rounds once
+    assert error < (ds.T @ x - truth).abs().max() + 2 * HALF * truth.abs().max()
+
+
+@compiled
+def test_sums_over_many_columns_err_little(lanes: int) -> None:
+    """s: a lane's sums of 32, of these, and the tree over lanes, with as many levels as LANES has bits."""
+    m, k = 200, 8192
+    x, a = draw(m, k), draw(1, 16, k, seed=1)
+    truth = x.double() @ a[0].double().T
+    error = (thin.shrink(x, a, None, None, 0.0, 0, [0]) - truth).abs().max()
+    assert error < likely(k * (33 / 2 + (k / (32 * lanes) + 1) / 2 + math.log2(lanes) + 1))
+    if lanes == cpu._library().fastlora_lanes(16):  # type: ignore[union-attr]  # a BLAS takes the machine's widest
+        assert error < (x @ a[0].T - truth).abs().max() + 2 * HALF * truth.abs().max()
+
+
+@compiled
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1.7])
+def test_equal_terms_do_not_add_up_errors(lanes: int, value: float) -> None:
+    """Roundings in one direction: float32 allows HALF for each sum that a term goes through. For dA their number is fixed."""
+    m, k = 200_000, 16
+    ones = torch.ones(m, 1)
+    da = thin.shrink_backward(ones, torch.full((m, k), value), ones[:1, :, None].expand(1, 1, k), None, None, None, 0.0, 0, [0])
+    exact = m * float(torch.tensor(value))
+    assert (da.double() - exact).abs().max() <= (16 + 16 + 1) * HALF * exact
+    k = 32_768
+    s = thin.shrink(torch.full((3, k), value), torch.ones(1, 1, k), None, None, 0.0, 0, [0])
+    exact = k * float(torch.tensor(value))
+    assert (s.double() - exact).abs().max() <= (32 + k / (32 * lanes) + math.log2(lanes) + 1) * HALF * exact
+
+
+@compiled
+def test_an_infinite_sum_is_infinite() -> None:
+    ds, x = torch.ones(600, 1), torch.ones(600, 16)
+    x[3, 0], x[3, 1], x[3, 2], x[500, 2], x[:, 3] = math.inf, math.nan, math.inf, -math.inf, 3e38
+    da = thin.shrink_backward(ds, x, torch.ones(1, 1, 16), None, None, None, 0.0, 0, [0])[0, 0]
+    torch.testing.assert_close(da, (ds.T @ x)[0], equal_nan=True)
+    assert da[0] == da[3] == math.inf and da[1:3].isnan().all()
 
 
 @compiled
