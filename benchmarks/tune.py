@@ -27,7 +27,6 @@ from shapes import Case, InputSet
 PATIENCE = 120.0  # seconds to wait for one compilation: beyond, its process has died or its tile is not worth having
 
 # (m, n, k, warps, stages): of the forward's x Wᵀ, then of the backward's dy W, where n is the step over N
-# With dropout a mask is drawn for whole 128 columns at a time: k = 64 fails in a one-pass forward, and the row says so.
 FORWARD: tuple[tuple[int, ...], ...] = (
     (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4),
     (128, 256, 128, 8, 2), (128, 128, 128, 8, 3), (64, 256, 128, 8, 2), (64, 128, 128, 4, 3),
@@ -37,16 +36,6 @@ BACKWARD: tuple[tuple[int, ...], ...] = (
     (64, 64, 256, 8, 3), (64, 64, 128, 4, 3), (64, 64, 128, 8, 3), (128, 64, 256, 8, 3), (128, 64, 256, 8, 2),
 )  # fmt: skip
 SMOKE: tuple[tuple[int, ...], ...] = ((32, 16, 128, 4, 1),)
-# Other ways of the forward than a tile: what changes in the plan, and the forward's tile where it needs another one.
-# kernels/README.md says what is expected of each.
-VARIANTS: tuple[tuple[dict[str, bool], tuple[int, ...] | None], ...] = (
-    ({"one_pass_forward": True, "ready_bits": True}, (128, 256, 64, 8, 3)),
-    ({"one_pass_forward": True, "ready_bits": True}, (128, 128, 64, 8, 4)),
-    ({"one_pass_forward": False, "descriptors": True}, None),
-    ({"one_pass_forward": True, "descriptors": True}, (128, 256, 128, 8, 2)),
-    ({"one_pass_forward": False, "overlap": True}, None),
-    ({"one_pass_forward": False, "overlap": True, "descriptors": True}, None),
-)
 # The light passes: the phase each belongs to, the form that uses it, and its tiles.
 LIGHT = {
     "shrink": (
@@ -89,9 +78,6 @@ def trials(case: Case, smoke: bool) -> list[Trial]:
         for shape in SMOKE if smoke else shapes:
             for flags in [(True,) * len(forms)] if smoke else itertools.product((True, False), repeat=len(forms)):
                 found += _changed(case, base, phase, phase, shape, dict(zip(forms, flags, strict=True)))
-    for changes, other in () if smoke else VARIANTS:
-        tile = dataclasses.astuple(base.forward)[:5] if other is None else other
-        found += _changed(case, base, "forward", "forward", tile, changes)
     for kernel, (phase, form, shapes) in ({} if smoke else LIGHT).items():
         for shape in shapes:
             found += _changed(case, base, phase, kernel, shape, form)
@@ -127,18 +113,18 @@ class _Triton(FastLoRA):
 
 
 def _compile(trial: Trial) -> str | None:
-    """Compile every kernel of the trial's direction; the text of what went wrong, or None."""
+    """Compile every kernel of the trial's direction; the text of what went wrong, a race for instance, or None."""
     from fastlora.kernels.launch import recording
+    from fastlora.kernels.races import races
 
     try:
         with using(trial.plan), recording() as launches:
             bound = bind(_Triton("triton"), InputSet.draw(trial.case, 1))
             bound.both() if trial.phase == "backward" else bound.forward()
-        for one in launches:
-            one.compile()
+        found = [race for one in launches for race in races(one.compile().asm["ttgir"])]
+        return f"race: {found[0]}" if found else None
     except Exception as error:  # a tile that Triton refuses is a result, not a failure of the run
         return f"{type(error).__name__}: {str(error)[-500:]}"  # the reason stands after the source
-    return None
 
 
 def _pool() -> Pool:

@@ -84,7 +84,7 @@ def drop(tile, words):
     byte = (tl.arange(0, COLUMNS) % 4).to(tl.uint32)[None, :]
     if PTX and tile.dtype.primitive_bitwidth == 16:
         # One shift puts the bits of four columns on the signs of four bytes, and PRMT repeats two of these signs over a pair of
-        # columns. Each element brings its own word and byte, so that any layout is right; in one thread four columns share them.
+        # columns. Each element brings its own word and byte, so that any layout is right; within a thread four columns share.
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 which, mask;

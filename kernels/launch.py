@@ -22,9 +22,9 @@ class Launch:
     warps: int
     stages: int
 
-    def compile(self) -> None:
-        """Compile it for the GPU that is here, into Triton's cache, and start nothing."""
-        self.kernel.warmup(grid=(self.programs,), **self.arguments, num_warps=self.warps, num_stages=self.stages)
+    def compile(self) -> Any:
+        """Compile it for the GPU that is here, into Triton's cache, and start nothing; gives Triton's compiled kernel."""
+        return self.kernel.warmup(grid=(self.programs,), **self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
 _recorder: list[Launch] | None = None

@@ -31,7 +31,8 @@ __all__ = ["backward", "forward"]
 _MAX_STRIDE = 2**31 // 256
 _PACK = Tile(0, 0, 0, 4, 1)
 _PACK_BLOCK = 1024
-_REDUCE_BLOCK = 256
+_REDUCE_BLOCK = 128
+_REDUCE_ABREAST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _reduce(partial: Tensor, out: Tensor, rank: int, strides: tuple[int, ...], f
     launch(
         reduce_kernel, triton.cdiv(g * rank * columns, _REDUCE_BLOCK), _PACK,
         partial_ptr=partial, out_ptr=out, slots=slots, G=g, R=rank, COLUMNS=columns,
-        stride_g=strides[0], stride_r=strides[1], stride_c=strides[2], factor=factor, RANK=padded, BLOCK=_REDUCE_BLOCK,
+        stride_g=strides[0], stride_r=strides[1], stride_c=strides[2], factor=factor,
+        RANK=padded, ABREAST=_REDUCE_ABREAST, BLOCK=_REDUCE_BLOCK,
     )  # fmt: skip
 
 

@@ -30,16 +30,23 @@ def pack_kernel(
 def reduce_kernel(
     partial_ptr, out_ptr,
     slots, G, R, COLUMNS, stride_g, stride_r, stride_c, factor,
-    RANK: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, ABREAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [g, R, columns] = factor · Σ_slot partial [slots, g, RANK, columns], in the order of the slots."""
+    """out [g, R, columns] = factor · Σ_slot partial [slots, g, RANK, columns], in a fixed order.
+
+    ABREAST: how many slots are read at once; a loop over single ones would wait for memory in each turn.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c, r, g = offs % COLUMNS, offs // COLUMNS % R, offs // COLUMNS // R
     mask = g < G
-    ptrs = partial_ptr + (g * RANK + r) * COLUMNS + c
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(slots):
-        total += tl.load(ptrs, mask=mask, other=0.0)
-        ptrs += tl.cast(G, tl.int64) * RANK * COLUMNS
+    slot = tl.arange(0, ABREAST).to(tl.int64)[:, None]
+    size = tl.cast(G, tl.int64) * RANK * COLUMNS
+    # [ABREAST, BLOCK]
+    ptrs = partial_ptr + slot * size + ((g * RANK + r) * COLUMNS + c)[None, :]
+    sums = tl.zeros((ABREAST, BLOCK), tl.float32)
+    for first in range(0, slots, ABREAST):
+        sums += tl.load(ptrs, mask=(slot < slots - first) & mask[None, :], other=0.0)
+        ptrs += ABREAST * size
+    total = tl.sum(sums, 0) * factor
     out_ptrs = out_ptr + g * stride_g + r * stride_r + c * stride_c
-    tl.store(out_ptrs, (total * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
