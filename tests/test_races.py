@@ -22,7 +22,7 @@ module attributes {{"ttg.num-warps" = 8 : i32}} {{
     %t0 = ttg.async_copy_global_to_local %p, %x0 : !ptrs -> !tile loc(#loc2)
     %x1 = ttg.memdesc_index %x[%c1_i32] : !ring -> !tile loc(#loc2)
     %t1 = ttg.async_copy_global_to_local %p, %x1 : !ptrs -> !tile loc(#loc2)
-    %r:3 = scf.for %k = %c0_i32 to %K step %one iter_args(%acc = %z, %put = %c1_i32, %take = %c-1_i32) -> (!acc, i32, i32) : i32 {{
+    %r:3 = scf.for %k = %c0_i32 to %K step %one iter_args(%acc = %z, %put = %c1_i32, %take = %c-1_i32) -> (!acc, i32, i32) {{
       %a = arith.addi %take, %c1_i32 : i32 loc(#loc3)
       %b = arith.cmpi sge, %a, %n : i32 loc(#loc3)
       %read = arith.select %b, %c0_i32, %a : i32 loc(#loc3)
