@@ -212,6 +212,25 @@ def launch_table(configs: list[Config]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def launch_markdown() -> str:
+    """The table of README.md: which classes of calls launch the same kernels."""
+    alike: dict[tuple[str, str], dict[str, dict[int, list[str]]]] = {}
+    configs = configurations()
+    for config, (_, forward, backward) in zip(configs, launch_table(configs), strict=True):
+        call = config.call
+        ranks = alike.setdefault((forward, backward), {}).setdefault(f"sm_{call.arch} {call.precision}", {})
+        ranks.setdefault(call.rank, []).append("p > 0" if call.dropout else "p = 0")
+    lines = ["| forward | backward | classes |", "|---|---|---|"]
+    for (forward, backward), classes in alike.items():
+        # a rank whose calls launch the same with dropout and without is named alone
+        cells = [
+            f"{name} " + ", ".join(f"r{rank}" if len(rates) == 2 else f"r{rank} {rates[0]}" for rank, rates in ranks.items())
+            for name, ranks in classes.items()
+        ]
+        lines.append(f"| {forward} | {backward} | {'; '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown(*files: list[dict[str, Any]]) -> str:
     """The table of README.md from rows that --rows writes: Hopper's kernels of small rank in the first file, a line on each."""
     columns: tuple[str, ...] = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")

@@ -164,7 +164,9 @@ def forward(
             continue
         tiles_m, tiles_n = triton.cdiv(m, tile.m), triton.cdiv(call.width, tile.n)
         computes_s = has_lora and one_pass
-        span = tiles.span(tiles_m, len(positions), tiles_n, tiles.multiprocessors(x.device)) if computes_s else 1
+        span = 1
+        if computes_s:
+            span = tiles.span(tiles_m, len(positions), call.width, tile.n, tiles.multiprocessors(x.device))
         launch(
             forward_kernel, tiles_m * triton.cdiv(tiles_n, span) * len(positions), tile,
             x_ptr=x, w_ptr=weight, bias_ptr=bias, b_ptr=b, y_ptr=y, **adapter, **sizes, **constants,

@@ -86,3 +86,4 @@ def test_what_the_kernels_compile_to_is_that_of_the_rows() -> None:
     page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     assert page.split("<!-- compiled -->\n")[1].split("\n<!-- end -->")[0] == compiler.markdown(*files)
     assert not [row for head, *found in files for row in found if row["problems"]]
+    assert page.split("<!-- launches -->\n")[1].split("\n<!-- end of launches -->")[0] == compiler.launch_markdown()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from fastlora import eager
 from fastlora.kernels import autotune, tiles
+from fastlora.kernels import compile as compiler
 from fastlora.kernels import lora_linear as kernels
 from fastlora.kernels.launch import recording
 from kernels_support import (
@@ -165,6 +166,39 @@ def test_a_group_without_adapter_is_a_plain_product() -> None:
     assert [(one["POSITIONS"], one["HAS_LORA"]) for one in forward] == [((0, 2), True), ((1,), False)]
     backward = next(one.arguments for one in launches if one.kernel.__name__ == "backward_kernel")
     assert (backward["POSITIONS"], backward["PLAIN"]) == ((0, 2), (1,))
+
+
+def test_the_default_recipe_is_one_launch_forward_besides_packing() -> None:
+    """Packed q, k, v, rank 2, dropout 0.25, half precision: what kernels/README.md lists is what is launched."""
+    inputs = make(Case(m=40, n=24, k=48, r=2, dropout=0.25), torch.float16)
+    with recording() as launches:
+        kernels.forward(inputs.x, inputs.weight, inputs.bias, *inputs.arguments())
+    assert [one.kernel.__name__ for one in launches] == ["pack_kernel", "forward_kernel"]
+    for config, listed, _ in compiler.launch_table(compiler.configurations()):
+        if "half r16" in config or "half r32" in config:
+            assert listed == "pack, forward", config
+
+
+@pytest.mark.parametrize("rows", [1600, 6304, 50432])
+@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
+def test_programs_of_one_launch_fill_the_gpu(arch: int, rows: int) -> None:
+    """The last wave of programs leaves at most three in ten multiprocessors idle, s computed by several included."""
+    (config,) = [c for c in compiler.configurations((arch,)) if str(c) == f"sm_{arch} bfloat16 half r16 p=0.25"]
+    forward, _ = compiler.launches(dataclasses.replace(config, rows=rows))
+    one, processors = forward[-1], compiler.MULTIPROCESSORS[arch]
+    assert one.kernel.__name__ == "forward_kernel"
+    waves = -(-one.programs // processors)
+    assert one.programs / (waves * processors) >= 0.7
+
+
+def test_every_tile_of_columns_is_taken_once_for_any_span() -> None:
+    inputs = make(Case(m=40, n=150, k=40, active=(True, True)), torch.float32)
+    results = []
+    for processors in (1, 4, 5, 10_000):
+        with tiles.assuming(processors), poisoned():
+            results.append(run(kernels, inputs, plan=ONE_PASS))
+    for other in results[1:]:
+        assert torch.equal(other["y"], results[0]["y"]) and torch.equal(other["s"], results[0]["s"])
 
 
 def test_packed_adapters_are_used_as_they_are() -> None:
