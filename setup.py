@@ -37,7 +37,7 @@ EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "dat
 setup(
     name="fastlora",
     version="0.1.0",
-    description="Fused LoRA for CLIP: one kernel forward, one backward, and few-shot training without waste",
+    description="Fused LoRA for CLIP: Triton kernels, and few-shot training without waste",
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -180,7 +180,7 @@ TABLE = (
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
     Row((80,), "half", 32, ANY, Plan(
         forward=Tile(128, 128, 32, 8, 4), backward=Tile(128, 32, 128, 8, 4),
-        shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
         one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
     Row((80,), "half", 64, ANY, Plan(
         forward=Tile(128, 128, 32, 8, 4), backward=Tile(64, 32, 128, 8, 4),
