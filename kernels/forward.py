@@ -147,9 +147,6 @@ def forward_kernel(
             )  # fmt: skip
             # the programs of these rows have the same s; the first writes it (a scalar & a tensor fails in the interpreter)
             tl.store(s_ptrs, s.to(s_ptr.dtype.element_ty), mask=mask_s & (chunk + 0 * offs_r == 0)[None, :])
-        else:
-            s = tl.load(s_ptrs, mask=mask_s, other=0.0).to(tl.float32)
-        s = (s * scale).to(b_ptr.dtype.element_ty)
 
     for tile in range(chunk * span, tl.minimum((chunk + 1) * span, tl.cdiv(GROUP_N, BLOCK_N))):
         col0 = tile * BLOCK_N
@@ -167,9 +164,12 @@ def forward_kernel(
             x_ptrs += BLOCK_K * stride_xk
             w_ptrs += BLOCK_K * stride_wk
         if HAS_LORA:
+            if not ONE_PASS:  # not before the loop, whose registers it would take
+                s = tl.load(s_ptrs, mask=mask_s, other=0.0).to(tl.float32)
             # [RANK, BLOCK_N]
             b_ptrs = b_ptr + (number.to(tl.int64) * GROUP_N + col0) * RANK + (offs_n[None, :] * RANK + offs_r[:, None])
-            acc = tl.dot(s, tl.load(b_ptrs, mask=mask_n, other=0.0), acc, input_precision=PRECISION)
+            b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+            acc = tl.dot((s * scale).to(b.dtype), b, acc, input_precision=PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + n0 + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
         y_ptrs = y_ptr + row0 * N + n0 + (offs_m[:, None] * N + offs_n[None, :])

@@ -149,7 +149,7 @@ TABLE = (
     Row((90,), "half", 32, ON, Plan(
         forward=Tile(128, 256, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 4, 3, 2),
-        one_pass_forward=True, one_pass_backward=True, da_in_epilogue=False)),
+        one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
     Row((100,), "half", 16, OFF, Plan(
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 256, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
@@ -187,7 +187,7 @@ TABLE = (
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
     Row((80,), "half", 128, ANY, Plan(
-        forward=Tile(128, 128, 32, 8, 4), backward=Tile(32, 32, 128, 8, 4),
+        forward=Tile(128, 128, 32, 8, 4), backward=Tile(32, 32, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 2), da=Tile(32, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
     Row((80, 90), "tf32", 32, ANY, Plan(
