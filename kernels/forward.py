@@ -56,7 +56,7 @@ def shrink(
         row_ids = load_row_ids(rows_ptr, row0 + offs_m, M)
         keep = 1.0 / (1.0 - J / (1 << PLANES))
 
-    # sᵀ = A D(x)ᵀ: with RANK rows the product runs on mma.sync, which takes D(x) from registers.
+    # sᵀ = A D(x)ᵀ: RANK rows are what mma.sync takes; s itself would be a wgmma of 64 rows by 16.
     acc = (tl.zeros((RANK, BLOCK_M), tl.float32),) * PER
     # The mask is drawn one tile ahead. Its words then reach the product through the loop, where the way they were joined does
     # not show: else Triton takes the join for a reason not to load the operand by ldmatrix.
@@ -119,10 +119,8 @@ def forward_kernel(
 ):  # fmt: skip
     """y_g = x W_gᵀ + bias_g + scale · s_g B_gᵀ for the groups at POSITIONS of the N/GROUP_N groups.
 
-    span: how many tiles of N a program takes.
-
     HAS_LORA: the groups have adapters, as numbers 0 to g - 1 in a, b and s. ONE_PASS: s is computed and written, not read.
-    EVEN_K: K is a multiple of BLOCK_K, and of SHRINK_K where s is computed.
+    span: how many tiles of N a program takes. EVEN_K: K is a multiple of BLOCK_K, and of SHRINK_K where s is computed.
     """
     chunks = tl.cdiv(tl.cdiv(GROUP_N, BLOCK_N), span)
     pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), chunks * len(POSITIONS), GROUP_M)
