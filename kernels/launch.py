@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .tiles import Tile
 
 __all__ = ["Launch", "launch", "recording"]
@@ -36,15 +38,25 @@ class Launch:
 _recorder: list[Launch] | None = None
 
 
+def _device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Within: the current device, where Triton starts kernels, is that of the tensors."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+            elsewhere = value.device.index != torch.cuda.current_device()
+            return torch.cuda.device(value.device) if elsewhere else contextlib.nullcontext()
+    return contextlib.nullcontext()
+
+
 def launch(kernel: Any, programs: int, tile: Tile, overlap: bool = False, /, **arguments: Any) -> None:
-    """Start `programs` programs of a Triton kernel, or note them where a recording is on.
+    """Start `programs` programs of a Triton kernel on its tensors' device, or note them where a recording is on.
 
     overlap: it may start while the kernel before it runs, and waits for that one's results by itself.
     """
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages, overlap))
     else:
-        kernel[(programs,)](**arguments, **_options(tile.warps, tile.stages, overlap))
+        with _device_of(arguments):
+            kernel[(programs,)](**arguments, **_options(tile.warps, tile.stages, overlap))
 
 
 @contextlib.contextmanager
