@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import eager
+from . import eager, trust
 from .config import OpSpec
 
 __all__ = ["lora_linear"]
@@ -25,8 +25,8 @@ _ARGUMENTS = (
 
 
 def _module(backend: str) -> ModuleType:
-    if backend == "eager":
-        return eager
+    if backend != "triton":
+        return {"eager": eager, "trust": trust}[backend]
     from .kernels import lora_linear as kernels  # Triton only where it is used: fastlora imports without it
 
     return kernels
@@ -125,5 +125,8 @@ def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, spec: OpSpec, seed: Tensor | None,
     rows: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    """The differentiable op on checked, two-dimensional tensors: arguments as `fastlora.eager.forward` takes them."""
+    """The differentiable op on checked, two-dimensional tensors: arguments as `fastlora.eager.forward` takes them.
+
+    backend: "eager"; "trust" for the kernels once they are known to be right here; "triton" for the kernels in any case.
+    """
     return _LoRALinear.apply(x, weight, bias, a, b, seed, rows, spec, backend)

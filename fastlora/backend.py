@@ -1,4 +1,7 @@
-"""Which backend runs a call, and the reason why not a faster one."""
+"""Which backend runs a call, and the reason why not a faster one.
+
+Where this is "triton" without being asked for, fastlora.trust has the last word: eager serves where a kernel is wrong here.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import logging
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import fastest
 from .kernels import tiles  # the table only: Triton itself is not imported
 
-__all__ = ["choose", "describe"]
+__all__ = ["choose", "describe", "measure"]
 
 _KINDS = {"half": "half precision", "tf32": "tf32", "ieee": "float32 without tf32"}
 log = logging.getLogger("fastlora")
@@ -90,7 +94,7 @@ def choose(x: Tensor, rank: int, dropout: bool = False, forced: str | None = Non
         return forced, "asked for"
     reason = _refusal(x, rank) or _worse(x, rank, dropout)
     backend = "triton" if reason is None else "eager"
-    reason = reason or "a GPU and Triton are there"
+    reason = reason or "a GPU and Triton are there; eager where they are wrong or slower on this GPU"
     if not torch.compiler.is_compiling():
         _log_once(backend, reason)
     return backend, reason
@@ -105,3 +109,36 @@ def describe() -> dict[str, str]:
     """For each kind of device here the backend that half-precision calls get, with the reason; as `fastlora info` prints."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {d: "{}: {}".format(*choose(torch.empty(0, 1, dtype=torch.bfloat16, device=d), 2)) for d in devices}
+
+
+def measure(model: nn.Module, rows: int = 6304) -> fastest.Measurements:
+    """Time eager and the Triton plans for every class of adapted layers in a patched model, and use the fastest from then on.
+
+    Each direction by itself, in the dtype of the weights or of an autocast that is on, with dropout where the model is in
+    training mode. A plan is compared with eager first, by the rule of fastlora.budget. What is found is kept in the user's
+    cache folder for this GPU, driver, torch, Triton and source of the kernels; this process and later ones use it for calls of
+    these classes, whatever their rows, where `choose` gives "triton". Under torch.distributed all ranks must call; rank 0
+    measures, and the others take its result, so that all round alike. Some minutes.
+
+    Args:
+        rows: of x in each timed call; 6304 are 32 images of a ViT-B/16.
+
+    Raises:
+        RuntimeError: there is no GPU here; no layer gets a Triton kernel (the model is on the CPU, say); or a kernel left the
+            GPU unusable.
+        ValueError: no adapter is active.
+    """
+    if (missing := _triton_missing()) is not None:
+        raise RuntimeError(f"measure() times kernels on a GPU: {missing}")
+    layers = fastest.layers(model)
+    if not layers:
+        raise ValueError("nothing to measure: the model has no active adapter, call fastlora.patch(model) first")
+    served, left_out = [], []
+    for layer in layers:
+        x = torch.empty(1, layer.k, dtype=layer.dtype, device=layer.device).expand(rows, layer.k)
+        chosen, reason = choose(x, layer.rank, layer.dropout)
+        served += [layer] if chosen == "triton" else []
+        left_out += [] if chosen == "triton" else [f"{layer.k}→{layer.n}, rank {layer.rank}: {chosen}: {reason}"]
+    if not served:
+        raise RuntimeError(f"nothing to measure, no layer gets a Triton kernel: {'; '.join(left_out)}")
+    return fastest.measure(served, rows, tuple(left_out))

@@ -50,7 +50,8 @@ class LoRAConfig:
         scaling: "alpha/sqrt(r)" as in the paper, or "alpha/r".
         rank_pattern: other ranks for some modules: {block number in each tower, or pattern of a module's path: rank}, the first
             that fits counts, 0 for no adapter: {0: 0, 11: 8, "visual.*": 4}. Each scales by its own rank.
-        backend: "triton", "eager", "reference", or None for the best one at each call.
+        backend: "triton", "eager", "reference", or None for the best one at each call. Only with None is a Triton kernel
+            compared with eager before it is trusted.
 
     Raises:
         ValueError: a value outside its range, with the range.

@@ -54,7 +54,9 @@ def lora_linear(
             mask only, so that a mask does not depend on how rows are packed, ordered or sharded.
         groups: the original group of each of the G groups given (q alone of a packed q, k, v is (0,)); keys the mask only.
         active: for each group whether it has an adapter, e.g. (True, False, True); default: all.
-        backend: "triton", "eager" or "reference"; None for the best one: `fastlora.backend.choose` says which and why.
+        backend: "triton", "eager" or "reference"; None for the best one: `fastlora.backend.choose` says which and why. None
+            compares a Triton kernel with eager at its first use on a GPU where it was never measured, and uses eager where it
+            is wrong or fails; "triton" means exactly that one, unchecked, its errors raised.
 
     Returns:
         (..., N), of x's dtype, or of autocast's.
@@ -87,7 +89,8 @@ def lora_linear(
         if chosen == "reference":
             y = reference.lora_linear(flat, weight, bias, lora_a, lora_b, spec, seed, rows)
         else:
-            y = autograd.lora_linear(flat, weight, bias, lora_a, lora_b, spec, seed, rows, chosen)
+            served = "trust" if chosen == "triton" and backend is None else chosen
+            y = autograd.lora_linear(flat, weight, bias, lora_a, lora_b, spec, seed, rows, served)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 from fastlora.config import OpSpec
 
 from . import lora_linear, machine_code, races, tiles
+from .candidates import candidates
 from .launch import Launch, recording
 from .machine_code import Report
 
@@ -159,12 +160,13 @@ class Job:
     """One launch of one configuration, by its number: a worker makes the launch itself."""
 
     config: Config
+    plan: tiles.Plan
     needs: Needs
     number: int
 
     @property
     def launch(self) -> Launch:
-        return _every_launch(self.config, self.needs)[self.number]
+        return _every_launch(self.config, self.plan, self.needs)[self.number]
 
     def row(self) -> dict[str, Any]:
         """Compile it: the report, what was compiled, and the problems."""
@@ -182,20 +184,28 @@ class Job:
         }
 
 
-def _every_launch(config: Config, needs: Needs) -> list[Launch]:
-    forward, backward = launches(config, needs=needs)
+def _every_launch(config: Config, plan: tiles.Plan, needs: Needs) -> list[Launch]:
+    forward, backward = launches(config, plan, needs)
     return forward + backward
 
 
-def jobs(configs: list[Config]) -> Iterator[Job]:
-    """Every launch of the configurations that differs from all before it, whichever gradients are asked for."""
+def _plans(call: tiles.Call, every: bool) -> list[tiles.Plan]:
+    return [*candidates(call, "forward"), *candidates(call, "backward")] if every else [tiles.choose(call)]
+
+
+def jobs(configs: list[Config], every: bool = False) -> Iterator[Job]:
+    """Every launch of the configurations that differs from all before it, whichever gradients are asked for.
+
+    every: of all plans that `fastlora.backend.measure` tries, not of the table's rows alone.
+    """
     seen = set()
-    for config, needs in itertools.product(configs, NEEDS):
-        for number, launch in enumerate(_every_launch(config, needs)):
-            key = (config.call.arch, launch.warps, launch.stages, _source(launch).hash())
-            if key not in seen:
-                seen.add(key)
-                yield Job(config, needs, number)
+    for config in configs:
+        for plan, needs in itertools.product(_plans(config.call, every), NEEDS):
+            for number, launch in enumerate(_every_launch(config, plan, needs)):
+                key = (config.call.arch, launch.warps, launch.stages, _source(launch).hash())
+                if key not in seen:
+                    seen.add(key)
+                    yield Job(config, plan, needs, number)
 
 
 def launch_table(configs: list[Config]) -> list[tuple[str, str, str]]:
@@ -260,6 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, choices=(16, 32, 64, 128), help="padded rank; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--rows", type=Path, help="write the rows to this file too, one JSON object a line")
+    parser.add_argument("--candidates", action="store_true", help="every plan that fastlora.backend.measure tries, too")
     parser.add_argument("--list", action="store_true", help="only print which kernels each class of calls launches")
     options = parser.parse_args(arguments)
     if not options.list and os.environ.get("TRITON_INTERPRET") == "1":
@@ -276,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table)
         return 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(Job.row, jobs(configs)))
+        rows = list(pool.map(Job.row, jobs(configs, options.candidates)))
     columns: tuple[str, ...] = ("kernel", "class", "tile", "registers", "stack", "shared", "mma", "wgmma", "loop", "load")
     columns += ("races", "cpu_seconds", "problems")
     table = Table(*columns)

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .tiles import Tile
 
 __all__ = ["Launch", "launch", "recording"]
@@ -30,12 +32,22 @@ class Launch:
 _recorder: list[Launch] | None = None
 
 
+def _device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensors' device the current one, where Triton starts kernels."""
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+            elsewhere = value.device.index != torch.cuda.current_device()
+            return torch.cuda.device(value.device) if elsewhere else contextlib.nullcontext()
+    return contextlib.nullcontext()
+
+
 def launch(kernel: Any, programs: int, tile: Tile, /, **arguments: Any) -> None:
-    """Start `programs` programs of a Triton kernel, or note them where a recording is on."""
+    """Start `programs` programs of a Triton kernel on its tensors' device, or note them where a recording is on."""
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, arguments, tile.warps, tile.stages))
     else:
-        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        with _device_of(arguments):
+            kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 @contextlib.contextmanager

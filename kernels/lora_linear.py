@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlora.config import OpSpec
 from fastlora.rng import bit_planes
 
-from . import autotune, tiles
+from . import tiles
 from .backward import backward_kernel, da_kernel, ds_db_kernel
 from .forward import forward_kernel, shrink_kernel
 from .launch import launch
@@ -40,7 +40,6 @@ class _Call:
     """What both directions derive from their arguments."""
 
     plan: Plan
-    kind: tiles.Call
     rank: int  # R
     padded: int  # RANK, a power of two of at least 16
     width: int  # N/G, the columns of a group
@@ -60,7 +59,6 @@ def _call(x: Tensor, weight: Tensor, a: Tensor, spec: OpSpec, seed: Tensor | Non
     positions = tuple(i for i, active in enumerate(spec.active) if active)
     return _Call(
         plan=plan or tiles.choose(kind),
-        kind=kind,
         rank=rank,
         padded=padded,
         width=weight.shape[0] // len(spec.active),
@@ -135,14 +133,6 @@ def forward(
     s = torch.empty(m, len(call.positions) * call.rank, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y, s
-    if plan is None and autotune.enabled():
-        plan = autotune.best(
-            call.kind,
-            "forward",
-            (m, k, n, spec.active, bias is None),
-            lambda candidate: forward(x, weight, bias, a, b, spec, seed, rows, plan=candidate),
-        )
-        return forward(x, weight, bias, a, b, spec, seed, rows, plan=plan)
     x, weight = _near(x), _near(weight)
     a, b = _pack(a, b, x.dtype, call.padded)
     plan, tile, shrink = call.plan, call.plan.forward, call.plan.shrink
@@ -198,7 +188,6 @@ def backward(
     """
     need_dx, need_da, need_db = needs
     (m, n), k = dy.shape, weight.shape[1]
-    autotune_this = plan is None and autotune.enabled()
     call = _call(x, weight, a, spec, seed, plan)
     plan, g, device = call.plan, len(call.positions), dy.device
     dx = torch.empty(m, k, dtype=x.dtype, device=device) if need_dx else None
@@ -209,14 +198,6 @@ def backward(
             if grad is not None:
                 grad.zero_()
         return dx, da, db
-    if autotune_this:
-        plan = autotune.best(
-            call.kind,
-            "backward",
-            (m, k, n, spec.active, needs),
-            lambda candidate: backward(dy, x, s, weight, a, b, spec, seed, rows, needs, plan=candidate),
-        )
-        return backward(dy, x, s, weight, a, b, spec, seed, rows, needs, plan=plan)
     x, dy, weight = _near(x), _near(dy), _near(weight)
     a_packed, b_packed = _pack(a, b, x.dtype, call.padded)
     one_pass = need_dx and plan.one_pass_backward

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager, reference
+from fastlora.budget import by_group
 from fastlora.config import OpSpec
 from fastlora.kernels import lora_linear as kernels
 from fastlora.kernels.tiles import Plan, Tile
@@ -108,20 +109,6 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     )
 
 
-def by_group(case: Case, results: dict[str, Any]) -> dict[str, Tensor]:
-    """Each result on its own, those with groups cut into them: an error in one group must not hide behind another's scale."""
-    cut = {}
-    for name, value in results.items():
-        if value is None:
-            continue
-        if name == "dx":
-            cut[name] = value
-        else:
-            parts = {"y": (len(case.active), 1), "s": (case.g, 1), "da": (case.g, 0), "db": (case.g, 0)}[name]
-            cut.update({f"{name}[{i}]": part for i, part in enumerate(value.chunk(*parts))})
-    return cut
-
-
 def run(module: Any, inputs: Inputs, needs: tuple[bool, ...] = (True, True, True), **plan: Any) -> dict[str, Any]:
     """forward and backward of `module`, kernels or eager: y, s, dx, da, db, None where it is not needed."""
     y, s = module.forward(inputs.x, inputs.weight, inputs.bias, *inputs.arguments(), **plan)
@@ -143,9 +130,9 @@ def truth(inputs: Inputs) -> dict[str, Tensor]:
 def check(inputs: Inputs, dtype: torch.dtype, plan: Plan | None = None) -> None:
     """Kernels, on poisoned memory, against the truth, with eager's own error as the budget."""
     with poisoned():
-        got = by_group(inputs.case, run(kernels, inputs, plan=plan))
-    plain = by_group(inputs.case, run(eager, inputs))
-    assert_within_budget(got, plain, by_group(inputs.case, truth(inputs)), dtype)
+        got = by_group(inputs.case.spec, run(kernels, inputs, plan=plan))
+    plain = by_group(inputs.case.spec, run(eager, inputs))
+    assert_within_budget(got, plain, by_group(inputs.case.spec, truth(inputs)), dtype)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.fewshot import engines
+from fastlora.fewshot import devices, engines, trainer
 from fastlora.fewshot.batches import Draws, Feed, filled
 from fastlora.fewshot.distributed import ALONE, Ranks
 from fastlora.fewshot.engines import build, choose, graphed, untouched
@@ -228,3 +231,22 @@ class TestCompile:
         made = loop(engine="compile")
         torch.testing.assert_close(losses(made), losses(loop()), rtol=1e-5, atol=1e-6)
         assert made.engine == "compile" and calls == [{"dynamic": False}]
+
+
+def test_a_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Streams, events and captures of torch are made on the current device, whatever the tensors are on."""
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        entered.append(of)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: entered == [torch.device("cuda", 1)])
+    monkeypatch.setattr(trainer, "choose_device", torch.device)
+    monkeypatch.setattr(trainer, "_run", lambda job, folder, device, *_: {"current": list(entered), "given": device})
+    done = trainer.run(trainer.Job(Recipe(), "digits", tmp_path / "run", device="cuda:1"), Console(quiet=True))
+    assert done == {"current": [torch.device("cuda", 1)], "given": torch.device("cuda", 1)} and not entered
+    assert devices.choose_dtype("auto", torch.device("cuda", 1)) == torch.bfloat16

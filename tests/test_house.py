@@ -49,9 +49,12 @@ LAYERS = [
     ["functional"],
     ["autograd"],
     ["backend"],
+    ["fastest"],
+    ["trust"],
+    ["verdicts"],
     ["eager", "kernels"],
     ["reference", "products", "thin"],
-    ["rng", "cpu"],
+    ["rng", "cpu", "budget", "progress"],
     ["config"],
 ]
 RANK = {name: len(LAYERS) - i for i, row in enumerate(LAYERS) for name in row}

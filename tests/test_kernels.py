@@ -16,18 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastlora import eager
-from fastlora.kernels import autotune, tiles
 from fastlora.kernels import compile as compiler
 from fastlora.kernels import lora_linear as kernels
+from fastlora.kernels import tiles
+from fastlora.kernels.candidates import FORMS, candidates
 from fastlora.kernels.launch import recording
 from kernels_support import (
     DEVICE,
-    GROUP_BY_GROUP,
     ONE_PASS,
     PLANS,
     TWO_PASSES,
@@ -224,42 +223,13 @@ def test_table_has_a_row_for_every_class() -> None:
 
 @pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
 @pytest.mark.parametrize("dropout", [False, True])
-def test_autotune_tries_a_dozen_plans_that_the_kernels_take(dropout: bool, arch: int) -> None:
+def test_candidates_are_the_tables_plan_and_its_other_forms_each_once(dropout: bool, arch: int) -> None:
     call = tiles.Call(arch, "half", 16, dropout)
-    for direction, forms in (("forward", 2), ("backward", 4)):
-        plans = autotune.candidates(call, direction)
-        assert plans[0] == tiles.choose(call) and forms <= len(set(plans)) == len(plans) <= 12
-        assert {plan.one_pass_forward for plan in plans} == {False, True} or direction == "backward"
-        if dropout and direction == "forward":
-            assert all(plan.forward.k % 128 == 0 for plan in plans if plan.one_pass_forward)
-
-
-def test_autotune_keeps_the_fastest_plan_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each direction for itself, once a shape; a plan that is refused is left out; results are the op's."""
-    timed: list[Any] = []
-
-    def bench(call: Any, return_mode: str) -> float:
-        call()
-        timed.append(call)
-        if len(timed) == 2:
-            raise triton.runtime.errors.OutOfResources(2**20, 2**18, "shared memory")
-        return {1: 5.0, 3: 0.5}.get(len(timed), 4.0)
-
-    plans = [TWO_PASSES, dataclasses.replace(TWO_PASSES, da_in_epilogue=True), ONE_PASS, GROUP_BY_GROUP]
-    monkeypatch.setattr(autotune, "enabled", lambda: True)
-    monkeypatch.setattr(autotune, "candidates", lambda call, direction: plans)
-    monkeypatch.setattr(autotune, "_chosen", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
-    inputs = make(Case(m=20, n=16, k=24, active=(True,)), torch.float32)
-    check(inputs, torch.float32)
-    assert len(timed) == 8 and list(autotune._chosen.values()) == [ONE_PASS, TWO_PASSES]
-    check(inputs, torch.float32)
-    assert len(timed) == 8, "timed again"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with recording() as launches:
-        run(kernels, make(Case(m=21, n=16, k=24, active=(True,)), torch.float32))
-    assert launches and len(timed) == 8, "nothing is timed while a graph is captured"
+    for direction, forms in FORMS.items():
+        plans = candidates(call, direction)
+        assert plans[0] == tiles.choose(call) and len(set(plans)) == len(plans) <= 12
+        for flags in itertools.product((False, True), repeat=len(forms)):
+            assert dataclasses.replace(plans[0], **dict(zip(forms, flags, strict=True))) in plans
 
 
 @pytest.mark.gpu

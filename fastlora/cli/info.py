@@ -10,15 +10,19 @@ __all__ = ["info"]
 @app.command()
 def info() -> None:
     """Versions, devices, and the backend that calls get here, with the reason."""
+    import importlib.util
     import platform
 
     import torch
+    from rich.markup import escape
     from rich.table import Table
 
-    from .. import backend, cpu
+    from .. import backend, cpu, verdicts
     from ..fewshot.summary import package_version
 
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a path is not cut short
     table.add_row("fastlora", package_version("fastlora"))
     table.add_row("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
     table.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})")
@@ -34,4 +38,7 @@ def info() -> None:
     table.add_row("kernels on cpu", compiled)
     for name, reason in backend.describe().items():
         table.add_row(f"backend on {name}", reason)
+    for index in range(torch.cuda.device_count() if importlib.util.find_spec("triton") else 0):
+        for kind, finding in verdicts.book(torch.device("cuda", index)).rows():
+            table.add_row(f"kernels on cuda:{index}", escape(f"{kind}: {finding}"))
     console().print(table)

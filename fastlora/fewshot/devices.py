@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 
 from .errors import UserError
 
-__all__ = ["choose_device", "choose_dtype"]
+__all__ = ["choose_device", "choose_dtype", "current"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,7 +37,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with current(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose fp32 or bf16 on the CPU")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within: a GPU is the one that torch takes where none is named: for streams, events, captures, barriers."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -13,7 +13,7 @@ from rich.console import Console
 from .. import checkpoint as adapters
 from . import datasets, memory, models, report, summary
 from .crops import Normalise
-from .devices import choose_device, choose_dtype
+from .devices import choose_device, choose_dtype, current
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
@@ -65,7 +65,7 @@ def run(
             items = tuple(item for item in items if item.name not in trained)
             notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
     datasets.check_test(dataset, items)
-    with Signals("run it again"):
+    with Signals("run it again"), current(device):
         models.check(recipe.model, recipe.pretrained)
         loaded = models.load(recipe.model, recipe.pretrained, device)
         prompts = prompts_for(template or config["template"], dataset.template, dataset.own_template)

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..encoders import encode_image, encode_text
+from ..progress import bar
 from .crops import Normalise
-from .images import EvalImages, bar
+from .images import EvalImages
 from .result import Result
 
 __all__ = [

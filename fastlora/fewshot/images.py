@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..progress import bar
 from .datasets import Item, Lazy
 
 __all__ = [
@@ -309,12 +309,6 @@ def _map(items: Sequence[T], function: Callable[[T], R], tick: Callable[[], None
             if tick:
                 tick()
     return results
-
-
-def bar(console: Console) -> Progress:
-    """A progress bar that leaves nothing behind when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def available_memory() -> int:

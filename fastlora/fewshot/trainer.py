@@ -18,7 +18,7 @@ from torch import Tensor
 from ..patch import patch
 from . import datasets, memory, models, summary
 from .crops import Normalise
-from .devices import choose_device, choose_dtype
+from .devices import choose_device, choose_dtype, current
 from .distributed import Ranks
 from .errors import UserError
 from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
@@ -58,9 +58,11 @@ def run(job: Job, console: Console, shared: Shared | None = None) -> dict[str, A
     device = choose_device(job.device)
     with Ranks.join(device) as ranks:
         if ranks.first:
-            return _run(job, folder, device, ranks, console, shared or Shared())
-        with tempfile.TemporaryDirectory() as elsewhere:  # the first rank's files are the run's
-            return _run(job, RunFolder(Path(elsewhere)), ranks.device(device), ranks, Console(quiet=True), Shared())
+            with current(device):
+                return _run(job, folder, device, ranks, console, shared or Shared())
+        device = ranks.device(device)
+        with tempfile.TemporaryDirectory() as elsewhere, current(device):  # the first rank's files are the run's
+            return _run(job, RunFolder(Path(elsewhere)), device, ranks, Console(quiet=True), Shared())
 
 
 def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, console: Console, shared: Shared) -> dict[str, Any]:
