@@ -164,6 +164,8 @@ def backward_kernel(
                 x = tl.load(x_ptrs, mask=mask_m & mask_k, other=0.0)
                 if PLANES > 0:
                     x = drop(x, words)
+                if not ONE_PASS:  # a load of its own, as in columns
+                    ds_half = tl.load(ds_ptr + ds_offs, mask=mask_m, other=0.0, eviction_policy="evict_last")
                 da = tl.dot(tl.trans(ds_half), x, input_precision=PRECISION)
                 da_ptrs = da_ptr + ((slot.to(tl.int64) * G + number) * RANK + offs_r)[:, None] * K + offs_k[None, :]
                 add_to_slot(da_ptrs, da, mask_k, first)

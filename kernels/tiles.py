@@ -166,9 +166,13 @@ TABLE = (
         forward=Tile(128, 128, 64, 8, 4), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 3), ds_db=Tile(64, 64, 0, 4, 3, 2), da=Tile(32, 0, 128, 8, 2, 2),
         one_pass_forward=True, one_pass_backward=False, da_in_epilogue=False)),
-    Row((90, 100), "half", 64, ANY, Plan(
+    Row((90,), "half", 64, ANY, Plan(
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
         shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(64, 0, 128, 4, 2),
+        one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
+    Row((100,), "half", 64, ANY, Plan(
+        forward=Tile(128, 128, 64, 8, 3), backward=Tile(128, 64, 128, 8, 3),
+        shrink=Tile(32, 0, 128, 8, 2), ds_db=Tile(64, 64, 0, 8, 3), da=Tile(32, 0, 128, 8, 2),
         one_pass_forward=False, one_pass_backward=False, da_in_epilogue=False, groups_together=False)),
     Row((90,), "half", 128, ANY, Plan(
         forward=Tile(128, 128, 64, 8, 3), backward=Tile(64, 64, 128, 8, 3),
