@@ -94,7 +94,7 @@ def choose(x: Tensor, rank: int, dropout: bool = False, forced: str | None = Non
         return forced, "asked for"
     reason = _refusal(x, rank) or _worse(x, rank, dropout)
     backend = "triton" if reason is None else "eager"
-    reason = reason or "a GPU and Triton are there; eager where they are wrong or slower on this GPU"
+    reason = reason or "a GPU and Triton are there; eager for calls whose kernel is wrong or slower on this GPU"
     if not torch.compiler.is_compiling():
         _log_once(backend, reason)
     return backend, reason
@@ -124,8 +124,8 @@ def measure(model: nn.Module, rows: int = 6304) -> fastest.Measurements:
         rows: of x in each timed call; 6304 are 32 images of a ViT-B/16.
 
     Raises:
-        RuntimeError: there is no GPU here; no layer gets a Triton kernel (the model is on the CPU, say); or a kernel left the
-            GPU unusable.
+        RuntimeError: there is no GPU here; no layer gets a Triton kernel (the model is on the CPU, say); a kernel left the
+            GPU unusable; or rank 0 could not measure.
         ValueError: no adapter is active.
     """
     if (missing := _triton_missing()) is not None:

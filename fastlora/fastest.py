@@ -120,10 +120,16 @@ def measure(of: list[Layer], rows: int, left_out: tuple[str, ...]) -> Measuremen
         return _measure(of, rows, left_out)
     device = of[0].device
     message: list[Any] = [None]
+    failure: Exception | None = None
     if dist.get_rank() == 0:
-        message = [(verdicts.book(device).key, _measure(of, rows, left_out))]
+        try:
+            message = [(verdicts.book(device).key, _measure(of, rows, left_out))]
+        except Exception as error:  # the others wait for an answer
+            failure, message = error, [(None, f"{type(error).__name__}: {error}")]
     dist.broadcast_object_list(message, src=0, device=device if dist.get_backend() == "nccl" else None)
     key, result = message[0]
+    if key is None:
+        raise RuntimeError(f"rank 0 could not measure: {result}") from failure
     if dist.get_rank() != 0:
         _take(verdicts.book(device), key, result)
     return result

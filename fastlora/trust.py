@@ -1,15 +1,17 @@
 """The Triton kernels, once they are known to be right on this GPU: the signatures of fastlora.eager.
 
 At the first call of a class of calls (verdicts.Kind) on a GPU that kernels/tiles.py has no measurement of, the kernels are
-compared with eager on the call's own x, W, s, dy and mask, by the rule of fastlora.budget. The adapters alone are drawn for it:
-B is zero when training begins, and would hide an error in all that it multiplies. What is right serves from then on, what is
-wrong, or fails to compile or to launch, never does: eager serves instead, which is said once. The verdict is kept for later
-processes. In the capture of a CUDA graph nothing can be compared: eager serves a class that is not known yet.
+compared with eager by the rule of fastlora.budget, with the call's own shapes, strides, alignment, seed and rows. The values
+are drawn for it: B is zero when training begins, a first fp16 step overflows, one token attends to itself alone, and each would
+hide an error. What is right serves from then on. For what is wrong, or fails to compile or to launch, eager serves, which is
+said once. The verdict is kept for later processes. In the capture of a CUDA graph nothing can be compared: eager serves a class
+that is not known yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import eager, rng, verdicts
 from .budget import Maxima, by_group
@@ -76,9 +79,10 @@ class Call:
 
 def _kind(direction: Any, arguments: dict[str, Any], **more: Any) -> Kind:
     x, a, b, spec = (arguments[name] for name in ("x", "a", "b", "spec"))
-    dropout = arguments["seed"] is not None and rng.drop_rate(spec.dropout) > 0
-    call = tiles.Call(tiles.architecture(x.device), tiles.precision_of(x.dtype), tiles.padded_rank(a.shape[1]), dropout)
-    return Kind(direction, call, x.dtype, (a.dtype, b.dtype), spec.active, *arguments["weight"].shape, **more)
+    planes = rng.bit_planes(spec.dropout) if arguments["seed"] is not None else (0, 0)
+    call = tiles.Call(tiles.architecture(x.device), tiles.precision_of(x.dtype), tiles.padded_rank(a.shape[1]), planes[1] > 0)
+    n, k = arguments["weight"].shape
+    return Kind(direction, call, x.dtype, (a.dtype, b.dtype), spec.active, n, k, planes, **more)
 
 
 def forward(
@@ -104,15 +108,38 @@ def _kernels() -> ModuleType:
 
 def _serve(call: Call) -> Any:
     book = verdicts.book(call.x.device)
-    if (served := book.served.get(call.kind)) is not None:
-        return call.run(served.module, **served.options)
-    if _capturing(call.x):
-        verdict, plan = _known(book, call.kind)
-        return call.run(_kernels(), plan=plan) if verdict is not None and verdict.right else call.run(eager)
     if not all(type(t) in (Tensor, nn.Parameter) for t in call.arguments.values() if isinstance(t, Tensor)):
-        return call.run(eager)  # fake tensors and their like: nothing runs on the GPU
-    with _lock:
-        return _first(call, book)
+        _say_once(book, call.kind, "its tensors are fake, or of a class of their own")
+        return call.run(eager)
+    if (served := book.served.get(call.kind)) is None:
+        if not _capturing(call.x):
+            with _lock:
+                return _first(call, book)
+        verdict, plan = _known(book, call.kind)
+        if verdict is None or not verdict.right:
+            _say_once(book, call.kind, "a CUDA graph is captured, and nobody has compared the kernel before")
+            return call.run(eager)
+        served = Served(_kernels(), {"plan": plan})
+    try:
+        return call.run(served.module, **served.options)
+    except Exception as error:  # a size or a stride that is compiled anew, say
+        if served.module is eager or _capturing(call.x):
+            raise
+        return _fall_back(call, book, _failure(error, call, book))
+
+
+def _fall_back(call: Call, book: Book, verdict: Verdict) -> Any:
+    """Answer by eager, from now on; where it raises too the arguments are at fault, and there is no verdict."""
+    result = call.run(eager)
+    book.note(call.kind, verdict)
+    log.warning("eager serves instead of the Triton kernel on %s: %s: %s", book.key.gpu, call.kind, verdict.what)
+    book.served[call.kind] = Served(eager, {})
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def _say_once(book: Book, kind: Kind, why: str) -> None:
+    log.info("eager serves instead of the Triton kernel on %s: %s: %s", book.key.gpu, kind, why)
 
 
 def _known(book: Book, kind: Kind) -> tuple[Verdict | None, Plan | None]:
@@ -136,33 +163,37 @@ def _first(call: Call, book: Book) -> Any:
         try:
             result = call.run(_kernels(), plan=plan)
         except Exception as error:  # the machine may have changed: no C compiler any more
-            verdict, new = _failure(error, call, book), True
-    if not verdict.right:
-        result = call.run(eager)  # where it raises too the arguments are at fault, and there is no verdict
+            return _fall_back(call, book, _failure(error, call, book))
+        if new:
+            book.note(kind, verdict)
+        book.served[kind] = Served(_kernels(), {"plan": plan})
+        return result
     if new:
-        book.note(kind, verdict)
-    if not verdict.right:
-        level = logging.WARNING if new else logging.INFO
-        log.log(level, "eager serves instead of the Triton kernel on %s: %s: %s", book.key.gpu, kind, verdict.what)
-    book.served[kind] = Served(_kernels(), {"plan": plan}) if verdict.right else Served(eager, {})
-    return result
+        return _fall_back(call, book, verdict)
+    _say_once(book, kind, verdict.what)
+    book.served[kind] = Served(eager, {})
+    return call.run(eager)
 
 
-@torch.no_grad()
 def judge(call: Call, book: Book, plan: Plan | None = None) -> Verdict | None:
-    """Compare the kernels with eager on a call; None where its values tell nothing (all zero, infinite, none at all).
+    """Compare the kernels with eager on values drawn for a call; None where it has no rows.
 
-    Nothing is noted in the book, unless the kernels leave the GPU unusable.
+    Nothing is noted in the book, unless the kernels leave the GPU unusable. Modes that watch torch's operations
+    (checkpointing's, a counter of FLOPs) do not see it.
 
     Raises:
         RuntimeError: they do; the verdict is noted.
     """
-    names = ("x",) if call.kind.direction == "forward" else ("dy", "x")[: 1 + call.kind.needs[1]]
-    if not all(_telling(call.arguments[name]) for name in names):
+    with _disable_current_modes(), torch.no_grad():
+        return _judge(call, book, plan)
+
+
+def _judge(call: Call, book: Book, plan: Plan | None) -> Verdict | None:
+    if len(call.x) == 0:
         return None
+    _settle(call.x)  # what went wrong before is not the kernels' fault
     try:
-        call = _with_drawn_adapters(call)
-        _settle(call.x)  # what went wrong before is not the kernels' fault
+        call = _drawn(call)
     except torch.OutOfMemoryError as error:
         return _failure(error, call, book)
     try:
@@ -182,22 +213,25 @@ def judge(call: Call, book: Book, plan: Plan | None = None) -> Verdict | None:
     return Verdict(not wrong, worst if math.isfinite(worst) else None, "; ".join(wrong))
 
 
-def _telling(values: Tensor) -> bool:
-    if values.numel() == 0:
-        return False
-    low, high = torch.aminmax(values)
-    return bool(low.isfinite() & high.isfinite() & ((low != 0) | (high != 0)))
+def _drawn(call: Call) -> Call:
+    """The call with other values: W and A of order 1/√K, the rest of order 1, so that results are of order 1.
 
-
-def _with_drawn_adapters(call: Call) -> Call:
-    """A of order 1/√K and B of order 1, others each time: what a kernel leaves unwritten must not hold the last answer."""
+    Others each time: what a kernel leaves unwritten must not hold the last answer.
+    """
     generator = torch.Generator(call.x.device).manual_seed(next(_draws))
+    small = call.kind.k**-0.5
+    sizes = {"x": 1.0, "dy": 1.0, "s": 1.0, "weight": small, "bias": 1.0, "a": small, "b": 1.0}
 
-    def like(adapter: Tensor, size: float) -> Tensor:
+    def like(tensor: Tensor, size: float) -> Tensor:
+        # the same strides, and the same place within 16 bytes: they decide what Triton compiles
+        before = tensor.data_ptr() % 16 // tensor.element_size()
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         # values that the compute dtype holds too: the three answers then start from the same numbers
-        return torch.empty_like(adapter).normal_(0, size, generator=generator).to(call.x.dtype).to(adapter.dtype)
+        values = torch.empty(before + last + 1, dtype=call.x.dtype, device=tensor.device).normal_(0, size, generator=generator)
+        return values.to(tensor.dtype).as_strided(tensor.shape, tensor.stride(), before)
 
-    return call.but(a=like(call.arguments["a"], call.kind.k**-0.5), b=like(call.arguments["b"], 1.0))
+    own = {name: call.arguments.get(name) for name in sizes}
+    return call.but(**{name: like(t, sizes[name]) for name, t in own.items() if t is not None and t.numel()})
 
 
 def _numbers(call: Call, got: dict[str, Tensor | None]) -> dict[str, Any]:

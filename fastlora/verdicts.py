@@ -37,6 +37,7 @@ class Kind:
         adapters: dtypes of A and B.
         active: for each group whether it has an adapter.
         n, k: of the weight (N, K).
+        planes: of the dropout's bits (rng.bit_planes), (0, 0) for none.
         bias: whether there is one; always False for a backward, which does not see it.
         needs: dx, dA, dB of a backward; all False for a forward.
     """
@@ -48,6 +49,7 @@ class Kind:
     active: tuple[bool, ...]
     n: int
     k: int
+    planes: tuple[int, int] = (0, 0)
     bias: bool = False
     needs: tuple[bool, bool, bool] = (False, False, False)
 
@@ -59,7 +61,8 @@ class Kind:
         return (
             f"{' '.join([self.direction, *wanted])}, {self.k}→{self.n}{groups}, {_name(self.dtype)} ({self.call.precision}),"
             f" adapters {adapters}, rank {self.call.rank // 2 + 1 if self.call.rank > 16 else 1} to {self.call.rank},"
-            f" {'dropout' if self.call.dropout else 'no dropout'}{', bias' if self.bias else ''}"
+            f" {f'dropout {self.planes[0] / 2 ** self.planes[1]:g}' if self.call.dropout else 'no dropout'}"
+            f"{', bias' if self.bias else ''}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Kind:
     def from_json(cls, values: dict[str, Any]) -> Kind:
         """The kind that `to_json` wrote."""
         dtypes = {"dtype": _dtype(values["dtype"]), "adapters": tuple(map(_dtype, values["adapters"]))}
-        tuples = {name: tuple(values[name]) for name in ("active", "needs")}
+        tuples = {name: tuple(values[name]) for name in ("active", "needs", "planes")}
         return cls(**values | dtypes | tuples | {"call": tiles.Call(**values["call"])})
 
 
@@ -226,7 +229,7 @@ class Book:
                     self.choices[kind] = Choice.from_json(values["choice"])
                 else:
                     self._enter(kind, Verdict(**values["verdict"]))
-            except (ValueError, TypeError, KeyError, AttributeError):  # torn, or not ours
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn, or not ours
                 continue
 
     def note(self, kind: Kind, finding: Verdict | Choice) -> None:

@@ -131,8 +131,9 @@ def forward(
     call = _call(x, weight, a, spec, seed, plan)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     s = torch.empty(m, len(call.positions) * call.rank, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y, s
+    if y.numel() == 0 or k == 0:  # without columns of x the bias is all
+        y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+        return y, s.zero_()
     x, weight = _near(x), _near(weight)
     a, b = _pack(a, b, x.dtype, call.padded)
     plan, tile, shrink = call.plan, call.plan.forward, call.plan.shrink

@@ -11,8 +11,9 @@ are synchronous, and nothing can race in this way.
     ttng.tc_gen5_mma {is_async}       in flight until a wait_barrier on the barrier that it signals
     async copies, local stores        must not write a buffer that a product in flight reads
 
-Buffers are told apart by the index into their allocation, which the IR computes from constants; an index that cannot be
-followed is reported as well. The barriers' phases are not modelled: a wait is taken for the last signal.
+Buffers are told apart by the index into their allocation, which the IR computes from constants; what cannot be followed is
+reported as well. Not seen: two allocations that Triton puts into the same bytes. Not modelled: phases of barriers; a wait is
+taken for the last signal.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class _Walk:
             yielded.append(self.run(region))
             after += [read for read in self.flying if read not in after]
         self.flying = after
-        return yielded[0]
+        return [one if all(other == one for other in rest) else None for one, *rest in zip(*yielded, strict=False)]
 
     def operation(self, name: str, rest: str, result: str, text: str) -> Any:
         operands = _SSA.findall(rest.split(" : ")[0])
@@ -158,13 +159,18 @@ class _Walk:
                 self.write([buffer], text)
             return buffer
         if verb == "memdesc_index":
-            base, index = values
-            return _Buffer(base.allocation, index) if isinstance(base, _Buffer) else None
+            base, *index = values
+            known = index[0] if len(index) == 1 else None
+            return _Buffer(base.allocation, known) if isinstance(base, _Buffer) else None
         buffers = [value for value in values if isinstance(value, _Buffer)]
         if verb.startswith("memdesc_"):
             return buffers[0] if buffers else None
-        if verb.startswith(("async_copy", "async_tma_copy_global")) or verb == "local_store":
-            self.write(buffers[:1], text)
+        if verb.startswith(("async_copy", "async_tma_copy_global", "async_tma_gather")) or verb == "local_store":
+            self.write(buffers, text)
+            if not buffers:
+                self.found[f"where {_place(text)} writes cannot be followed"] = None
+        elif verb in ("warp_group_dot", "tc_gen5_mma") and rest.count("#smem") > len(buffers):
+            self.found[f"what {_place(text)} reads cannot be followed"] = None
         elif verb == "warp_group_dot" and "isAsync = true" in rest:
             self.flying.append(_Read(tuple(buffers), None, text))
         elif verb == "warp_group_dot_wait":

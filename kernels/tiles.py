@@ -252,8 +252,11 @@ def choose(call: Call) -> Plan:
 
 def architecture(device: torch.device) -> int:
     """The row of the table for a device: the newest architecture that is not newer than it."""
-    if device.type != "cuda" or torch.version.hip:
-        return 80
+    return 80 if device.type != "cuda" or torch.version.hip else _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=80)
 

@@ -96,7 +96,7 @@ def test_the_fastest_is_kept_and_used(made_up: Ran) -> None:
     )
     first, *rest = str(result).splitlines()
     assert first == "fastest on Made-up 4000:" and len(rest) == 3
-    assert "forward, 24→16, float32" in rest[0] and "dropout, bias" in rest[0] and "one_pass_forward" in rest[0]
+    assert "forward, 24→16, float32" in rest[0] and "dropout 0.25, bias" in rest[0] and "one_pass_forward" in rest[0]
     assert "1.0 µs at 40 rows (eager 2.0 µs, the table's row 3.0 µs)" in rest[0]
     for process in (lambda: None, new_process):
         process()
@@ -206,6 +206,16 @@ def test_other_ranks_take_what_rank_0_measured(
         train(model)
         assert made_up.plans == [ONE_PASS, ONE_PASS]
     assert len(GPU.file().read_text().splitlines()) == 3, "each rank's machine has it once"
+
+
+def test_what_stops_rank_0_stops_the_others_too(made_up: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(fastest, "dist", ranks(0, sent))
+    monkeypatch.setattr(fastest, "_measure", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("1 GiB")))
+    for rank in (0, 1):
+        monkeypatch.setattr(fastest, "dist", ranks(rank, sent))
+        with pytest.raises(RuntimeError, match="rank 0 could not measure: OutOfMemoryError: 1 GiB"):
+            backend.measure(adapted(), rows=40)
 
 
 def test_a_rank_with_another_gpu_keeps_to_its_own(made_up: Ran, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -87,6 +87,27 @@ def test_an_index_that_cannot_be_followed_is_no_proof() -> None:
     assert races(text) == ["%x may be written at kernel.py:20 while kernel.py:30 reads it"]
 
 
+@pytest.mark.parametrize(
+    ("known", "unknown"),
+    [
+        ("%xw = ttg.memdesc_index %x[%write]", "%xw = ttg.memdesc_index %elsewhere[%write]"),
+        ("%xw = ttg.memdesc_index %x[%write]", "%xw = arith.select %elsewhere, %x0, %x1"),
+        ("ttg.async_copy_global_to_local %p, %xw", "ttng.async_tma_gather %desc[%rows, %c0_i32] %elsewhere, %barrier, %true"),
+    ],
+    ids=["ring", "buffer", "gather"],
+)
+def test_a_buffer_that_cannot_be_followed_is_no_proof(known: str, unknown: str) -> None:
+    text = HOPPER.format(buffers=3, pending=1)
+    assert known in text
+    assert races(text.replace(known, unknown)) == ["where kernel.py:20 writes cannot be followed"]
+
+
+def test_a_product_of_what_cannot_be_followed_is_no_proof() -> None:
+    text = HOPPER.format(buffers=3, pending=1)
+    text = text.replace("isAsync = true} : !tile", "isAsync = true} : !tile<#smem>, !tile<#smem>")
+    assert races(text) == ["what kernel.py:30 reads cannot be followed"]
+
+
 def test_a_synchronous_product_is_not_in_flight() -> None:
     assert races(HOPPER.format(buffers=2, pending=1).replace("isAsync = true", "isAsync = false")) == []
 
