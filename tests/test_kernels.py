@@ -149,6 +149,17 @@ def test_no_rows(case: Case) -> None:
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_columns(bias: bool) -> None:
+    """Of x: the bias is all that is left."""
+    inputs = make(Case(m=20, bias=bias), torch.float32)
+    inputs = dataclasses.replace(inputs, x=inputs.x[:, :0], weight=inputs.weight[:, :0], a=inputs.a[..., :0])
+    with poisoned():
+        got, want = run(kernels, inputs), run(eager, inputs)
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
 def test_inputs_are_left_alone() -> None:
     inputs = make(Case(m=20), torch.float32)
     before = {n: v.clone() for n, v in vars(inputs).items() if isinstance(v, torch.Tensor)}
