@@ -6,6 +6,7 @@ writes the result, and is never slow on the thin products of LoRA, where a BLAS 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 __all__ = ["frozen_linear", "linear"]
 
 # oneDNN sums all of K in one accumulator: beyond this its rounding error is over 1.5 times that of a BLAS, which sums blocks.
-_LONGEST = 1024
+# Its kernels for AVX2 are worse: 3 times a BLAS at 256 columns, more than the error rule allows at 768, and no faster.
+_LONGEST, _LONGEST_AVX2 = 1024, 128
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
@@ -65,12 +67,17 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -
     return (add.clone() if bias is None else add + bias).addmm_(x, weight.T)
 
 
+@functools.cache
+def _longest() -> int:
+    return _LONGEST if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else _LONGEST_AVX2
+
+
 def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes: float32 on a CPU whose torch has it. 16-bit products go there anyway."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and 0 < x.shape[1] <= _LONGEST
+        and 0 < x.shape[1] <= _longest()
         and len(x) > 0
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlora import products
-from fastlora.testing import assert_within_budget, count_flops
+from fastlora.testing import assert_within_budget, assert_within_expected_budget, count_flops
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -44,9 +44,30 @@ def test_a_trained_weight_and_bias_get_their_gradients() -> None:
     torch.testing.assert_close(bias.grad, torch.full((3,), 5.0))
 
 
+@pytest.mark.parametrize(("n", "draws"), [(2, 8), (16, 8), (768, 2)])
+@pytest.mark.parametrize("k", [128, 256, 512, 768, 1024])
+def test_the_widths_of_clip_are_within_the_budget_on_this_machine(k: int, n: int, draws: int) -> None:
+    """Whoever multiplies: thin and square products, of rows whose sums are long; the mean over draws, as one is luck."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(640, k, generator=generator), torch.randn(n, k, generator=generator)) for _ in range(draws)]
+    got = [{"y": products.linear(x, weight)} for x, weight in inputs]
+    eager, truth = ([{"y": x.to(to) @ weight.to(to).T} for x, weight in inputs] for to in (torch.float32, torch.float64))
+    assert_within_expected_budget(got, eager, truth, torch.float32)
+
+
+@onednn
+def test_longer_sums_are_left_to_a_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 768)
+    for capability, served in (("AVX512", True), ("AVX512_VNNI", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        products._longest.cache_clear()
+        assert products._onednn(x, torch.randn(6, 768)) == served and products._onednn(x[:, :128], torch.randn(6, 128))
+    products._longest.cache_clear()
+
+
 @onednn
 def test_what_reaches_onednn() -> None:
-    """Dense weights and at most 1024 columns: others are slow there, or less exact."""
+    """Dense weights and not too many columns: others are slow there, or less exact."""
     x, weight = torch.randn(4, 2048), torch.randn(6, 2048)
     assert products._onednn(x[:, :64], weight[:, :64].contiguous()) and products._onednn(x[:, :64], torch.randn(64, 3).T)
     assert not products._onednn(x[:, :64], weight[:, :64])
