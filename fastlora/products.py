@@ -77,9 +77,9 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
         and 0 < x.shape[1] <= _longest()
         and len(x) > 0
-        and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and (weight.is_contiguous() or weight.T.is_contiguous())  # any other weight takes a loop a thousand times slower

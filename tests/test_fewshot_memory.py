@@ -16,7 +16,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(5)))  # small blocks that stay may move one or the other
+# small blocks that stay may move one or the other, and a machine short of memory may take pages back
+print(min(faults() for _ in range(40)))
 """
 
 
