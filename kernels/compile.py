@@ -298,9 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
     columns += ("races", "cpu_seconds", "problems")
     table = Table(*columns)
     for row in rows:
-        table.add_row(
-            *("; ".join(row[c]) if c == "problems" else str(len(row[c]) if c == "races" else row[c]) for c in columns)
-        )
+        shown = row | {"races": len(row["races"]), "problems": "; ".join(row["problems"])}
+        table.add_row(*(str(shown[c]) for c in columns))
     console.print(table)
     failed = sum(bool(row["problems"]) for row in rows)
     console.print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {failed} with problems")
