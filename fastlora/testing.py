@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ __all__ = [
     "budget_report",
     "count_flops",
     "expected_budget_report",
+    "poisoned",
     "repair_interpreter",
 ]
 
@@ -75,6 +78,19 @@ def assert_within_expected_budget(
     """Raise AssertionError naming every result outside the budget of `expected_budget_report`."""
     failed = [line for ok, line in expected_budget_report(got, eager, truth, dtype) if not ok]
     assert not failed, "outside the error budget: " + "; ".join(failed)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN: whatever a kernel leaves unwritten, or reads before it was written, shows."""
+    empty = torch.empty
+
+    def nan(*arguments: Any, **options: Any) -> Tensor:
+        made = empty(*arguments, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    with mock.patch.object(torch, "empty", nan):
+        yield
 
 
 def count_flops(step: Callable[[], object]) -> int:

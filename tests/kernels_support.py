@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -16,7 +13,7 @@ from fastlora.budget import by_group
 from fastlora.config import OpSpec
 from fastlora.kernels import lora_linear as kernels
 from fastlora.kernels.tiles import Plan, Tile
-from fastlora.testing import assert_within_budget
+from fastlora.testing import assert_within_budget, poisoned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -133,17 +130,3 @@ def check(inputs: Inputs, dtype: torch.dtype, plan: Plan | None = None) -> None:
         got = by_group(inputs.case.spec, run(kernels, inputs, plan=plan))
     plain = by_group(inputs.case.spec, run(eager, inputs))
     assert_within_budget(got, plain, by_group(inputs.case.spec, truth(inputs)), dtype)
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN: whatever a kernel leaves unwritten, or reads before it was written, shows."""
-    empty = torch.empty
-
-    def nan(*arguments: Any, **options: Any) -> Tensor:
-        made = empty(*arguments, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", nan)
-        yield

@@ -25,6 +25,7 @@ from fastlora.kernels import lora_linear as kernels
 from fastlora.kernels import tiles
 from fastlora.kernels.candidates import FORMS, candidates
 from fastlora.kernels.launch import recording
+from fastlora.testing import poisoned
 from kernels_support import (
     DEVICE,
     ONE_PASS,
@@ -33,7 +34,6 @@ from kernels_support import (
     Case,
     check,
     make,
-    poisoned,
     run,
 )
 from waiting import HANG
