@@ -130,12 +130,18 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
 
 
 class Rows:
-    """Raw rows, one JSON object a line, each on disk as soon as it is known: a run that is stopped keeps what it measured."""
+    """Raw rows, one JSON object a line, each on disk as soon as it is known: a run that is stopped keeps what it measured.
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    Args:
+        header: what the rows behind it were measured on.
+        more: whether to add to what the file holds, under a header of its own.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], more: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        if not more:
+            path.write_text("")
         self.add({"row": "run", **header})
 
     def add(self, row: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cublas
 import fastlora
 from fastlora import reference, rng, thin
 from fastlora.config import OpSpec
@@ -91,6 +92,30 @@ class FastLoRA(Contestant):
             fastlora.lora_linear(
                 x, layer.weight, layer.bias, layer.a, layer.b, scale=case.scale, dropout=case.dropout, seed=inputs.seed,
                 site=site, groups=range(case.groups), backend=self.backend,
+            )
+        ]  # fmt: skip
+
+
+class CublasBeta(Contestant):
+    """What a careful engineer writes without a kernel: one packed product, LoRA added in place by cuBLAS, torch's dropout."""
+
+    name = "cuBLAS beta=1"
+
+    def prepare(self, inputs: InputSet, drop: Drop | None) -> LayerForward:
+        case = inputs.case
+
+        def given(site: int) -> cublas.Draw:
+            def draw(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+                assert drop is not None
+                ones = torch.ones((), dtype=x.dtype, device=x.device).expand_as(x)
+                return drop(x, group, site), drop(ones, group, site) != 0
+
+            return draw
+
+        return lambda x, layer, site: [
+            cublas.beta_one(
+                x, layer.weight, layer.bias, layer.a, layer.b, case.scale, case.dropout,
+                given(site) if drop else cublas.torchs_dropout(case.dropout),
             )
         ]  # fmt: skip
 
@@ -217,7 +242,7 @@ class Peft(Contestant):
 
 
 CONTESTANTS: tuple[Contestant, ...] = (
-    Frozen(), FastLoRA("triton"), FastLoRA("eager"), Textbook(), Dense(), Peft(), Compiled(), FullFineTuning()
+    Frozen(), FastLoRA("triton"), FastLoRA("eager"), CublasBeta(), Textbook(), Dense(), Peft(), Compiled(), FullFineTuning()
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from .candidates import candidates
 from .launch import Launch, recording
 from .machine_code import Report
 
-__all__ = ["Config", "Job", "compile_launch", "configurations", "jobs", "launch_table", "launches"]
+__all__ = ["Config", "Job", "ast_source", "compile_launch", "configurations", "jobs", "launch_table", "launches"]
 
 # What is compiled stands for these GPUs: A100, H100 and H200, B200.
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -51,6 +51,7 @@ class Config:
     """A class of calls with a shape that stands for it: packed q, k, v, width 768, batch 256 of ViT-B/16.
 
     rank: R, where it is not the padded one. A size of 1 is a constant in what Triton compiles.
+    identities: whether rows have identities of their own under dropout, as the encoders' have.
     """
 
     call: tiles.Call
@@ -59,6 +60,7 @@ class Config:
     width: int = 768
     rows: int = 50432
     rank: int | None = None
+    identities: bool = False
 
     def __str__(self) -> str:
         c = self.call
@@ -89,20 +91,21 @@ def launches(config: Config, plan: tiles.Plan | None = None, needs: Needs = NEED
     groups = tuple(range(len(config.active)))
     spec = OpSpec(0.5, 0.25 if call.dropout else 0.0, 1, groups, config.active)
     seed = empty(1, dtype=torch.int64) if call.dropout else None
+    identities = empty(m, dtype=torch.int64) if config.identities else None
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = call.precision == "tf32"
     try:
         with tiles.assuming(MULTIPROCESSORS[call.arch]):
             with recording() as forward:
-                _, s = lora_linear.forward(x, weight, empty(n), a, b, spec, seed, None, plan=plan)
+                _, s = lora_linear.forward(x, weight, empty(n), a, b, spec, seed, identities, plan=plan)
             with recording() as backward:
-                lora_linear.backward(empty(m, n), x, s, weight, a, b, spec, seed, None, needs, plan=plan)
+                lora_linear.backward(empty(m, n), x, s, weight, a, b, spec, seed, identities, needs, plan=plan)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return forward, backward
 
 
-def _source(launch: Launch) -> ASTSource:
+def ast_source(launch: Launch) -> ASTSource:
     """What Triton's launcher would specialise the kernel on: alignment to 16, the value 1 and None."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -134,7 +137,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
 
     Needs no GPU, but Triton without its interpreter.
     """
-    source = _source(launch)
+    source = ast_source(launch)
     key = hashlib.sha256(f"{source.hash()}-{arch}-{launch.warps}-{launch.stages}-{_reader()}".encode()).hexdigest()
     kept = Path(triton.knobs.cache.dir, "fastlora", f"{key}.json")
     if kept.exists():
@@ -202,7 +205,7 @@ def jobs(configs: list[Config], every: bool = False) -> Iterator[Job]:
     for config in configs:
         for plan, needs in itertools.product(_plans(config.call, every), NEEDS):
             for number, launch in enumerate(_every_launch(config, plan, needs)):
-                key = (config.call.arch, launch.warps, launch.stages, _source(launch).hash())
+                key = (config.call.arch, launch.warps, launch.stages, ast_source(launch).hash())
                 if key not in seen:
                     seen.add(key)
                     yield Job(config, plan, needs, number)

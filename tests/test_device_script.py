@@ -1,9 +1,13 @@
-"""benchmarks/device.py, ready for whoever has a GPU and ten minutes: each mode at tiny size, and what it does in trouble."""
+"""benchmarks/device.py, ready for whoever has a GPU and fourteen minutes: every part at tiny size, and its exit status."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,120 +18,241 @@ import pytest
 import torch
 
 import device
-import device_steps
-import device_tests
 from baselines import TRAINEES
-from bench_support import BENCHMARKS, names, run_benchmark
-from machine import Ceilings, Rows, environment, read_rows
-from measure import summary
-from run import Run, finished
+from bench_support import BENCHMARKS, names
+from gpu import canary, layers, plan, steps, suite
+from gpu.history import rows_of
+from gpu.items import CANARY, PARTS
+from gpu.summary import summary
+from ops import CONTESTANTS
 from waiting import HANG, wait
 
 SCRIPT = str(BENCHMARKS / "device.py")
+ROOT = BENCHMARKS.parent
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script is run at its real size")
 
 
-def make(folder: Path, seconds: float = HANG, kind: str = "cpu", commit: str | None = "abc") -> Run:
-    rows = Rows(folder / "step-gpu-1.jsonl", {"commit": commit})
-    return Run(torch.device(kind), rows, Ceilings(kind, "float32", 1.0, 1.0), time.monotonic() + seconds, smoke=False)
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST") and k != "TRITON_INTERPRET"}
 
 
-@on_a_cpu
-def test_one_layer_at_tiny_size(tmp_path: Path) -> None:
-    rows = run_benchmark(SCRIPT, "--smoke", "--commit", "0123456789abcdef", "--out", str(tmp_path), folder=tmp_path)
-    assert {"frozen", "fastlora eager", "textbook", "dense ΔW", "full fine-tuning"} <= names(rows)
-    assert {row["phase"] for row in rows if "median_ms" in row} == {"forward", "backward", "both"}
-    assert not [row for row in rows if "refused" in row or "failed" in row]
+def run(folder: Path, *arguments: str, status: int = 0) -> tuple[str, list[dict[str, Any]]]:
+    """The script at tiny size, its output and all rows of the folder."""
+    command = [sys.executable, SCRIPT, "--smoke", "--minutes", str(HANG / 60), "--out", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=2 * HANG)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout, rows(folder)
 
 
-@on_a_cpu
-@pytest.mark.slow
-def test_tuning_at_tiny_size(tmp_path: Path) -> None:
-    """In Triton's interpreter: the alternatives of the tile table reach the kernels and pass the gate."""
-    pytest.importorskip("triton", reason="Triton is for Linux only")
-    rows = run_benchmark(SCRIPT, "--smoke", "--tune", "--out", str(tmp_path), folder=tmp_path)
-    tuned = [row for row in rows if row["row"] == "tune"]
-    assert {row["phase"] for row in tuned} == {"forward", "backward"} and len({row["plan"] for row in tuned}) >= 3
-    assert all("median_ms" in row for row in tuned), [row for row in tuned if "median_ms" not in row]
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in rows_of(path)]
+
+
+def ended(found: list[dict[str, Any]]) -> list[str]:
+    return [row["item"] for row in found if row["row"] == "end"]
 
 
 @on_a_cpu
 @pytest.mark.slow
-def test_steps_at_tiny_size(tmp_path: Path) -> None:
-    """Every way of adapting that is installed passes its gate and is timed; the next run finds nothing left to do."""
-    rows = run_benchmark(SCRIPT, "--smoke", "--step", "--out", str(tmp_path), folder=tmp_path)
-    runs = {name for name, trainee in TRAINEES.items() if trainee.missing() is None and not trainee.compiles}
-    assert names(rows) == runs and not [row for row in rows if "refused" in row or "failed" in row]
-    timed = [row for row in rows if "median_ms" in row]
-    assert all(row["engine"] == "as written" and row["classes"] == 3 and row["median_ms"] > 0 for row in timed)
-    commit = environment(torch.device("cpu"))["commit"]
-    settled = {(row["case"], row["contestant"], row["engine"]) for row in rows if row["row"] == "step"}
-    assert finished("step", "cpu", commit, {tmp_path}) == (settled if commit else set())
+@pytest.mark.parametrize("parts", ["a", "bfh", "c", "de", "g"])
+def test_every_part_at_tiny_size(parts: str, tmp_path: Path) -> None:
+    """Everything is done and right; a second call finds nothing left to do."""
+    output, found = run(tmp_path, "--parts", parts)
+    items = plan.all_items(90, "cpu", True, parts)
+    assert ended(found) == [item.key for item in items] and {item.part for item in items} == set(parts)
+    assert not [row for row in found if "refused" in row or row.get("failed")]
+    compiled = next(row for row in found if row["row"] == "ahead")
+    assert compiled["wrong"] == 0 and (compiled["done"] == compiled["kernels"] > 0 or parts in ("c", "g"))
+    assert "kernels to compile" in output and "the clock" in output and "not reached" not in output
+    _, again = run(tmp_path, "--parts", parts)
+    assert ended(again) == ended(found)
+    match parts:
+        case "a":
+            assert {row["direction"] for row in found if row["row"] == "check" and "direction" in row} == {
+                "forward",
+                "backward",
+            }
+        case "bfh":
+            case = items[0].about["case"]
+            here = {c.name for c in CONTESTANTS if not c.compiles and c.name != "fastlora triton"}
+            assert {row["contestant"] for row in found if row.get("case") == case and "median_ms" in row} == here
+            assert {row["phase"] for row in found if "median_ms" in row} == {"forward", "backward", "both"}
+            assert all(len(row["bits"]) >= 4 for row in found if row["row"] == "bits")
+        case "c":
+            assert names(found) == {name for name, _ in steps.WAYS if TRAINEES[name].missing() is None}
+            assert {row["engine"] for row in found if "median_ms" in row} == {"graph", "as written"}
+        case "de":
+            assert {row["phase"] for row in found if row["row"] == "tune"} == {"forward", "backward"}
+            assert len({row["contestant"] for row in found if row["row"] == "gemm" and row["error"] < 1e-5}) == 6
 
 
-def test_engines_name_contestants_that_exist() -> None:
-    assert {name for names in device_steps.ENGINES.values() for name in names} <= TRAINEES.keys()
-    assert device_steps.ENGINES.keys() == device_steps.NEEDS.keys()
+@on_a_cpu
+@pytest.mark.slow
+def test_a_call_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Killed with its worker at three moments, and started again each time: everything is done, nothing twice."""
+    items = [item.key for item in plan.all_items(90, "cpu", True, "b")]
+
+    def far_enough(process: subprocess.Popen[bytes], number: int) -> bool:
+        return len(ended(rows(tmp_path))) > 3 * number or process.poll() is not None
+
+    for number in range(3):
+        command = [sys.executable, SCRIPT, "--smoke", "--parts", "b", "--minutes", "60", "--out", str(tmp_path)]
+        process = subprocess.Popen(command, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL)
+        try:
+            wait(functools.partial(far_enough, process, number))
+            assert process.poll() is None, "it was done before it could be killed"
+        finally:
+            for stat in Path("/proc").glob("[0-9]*/stat"):  # whoever was started, with no chance to say anything
+                text = stat.read_text() if stat.exists() else ""
+                if str(tmp_path).encode() in (stat.parent / "cmdline").read_bytes() if text else False:
+                    os.kill(int(stat.parent.name), signal.SIGKILL)
+            process.wait()
+    _, found = run(tmp_path, "--parts", "b")
+    assert sorted(ended(found)) == sorted(items)
+    assert sum(row["row"] == "run" for row in found) == 4
 
 
-def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    """What was measured, refused, skipped or cost the context is settled; a plain failure and half a line are not."""
-    run = make(tmp_path)
-    row = {"row": "step", "case": "c", "engine": "graph", "phase": "step"}
-    for name, found in (
-        ("timed", {"median_ms": 1.0}), ("wrong", {"refused": ["dx"]}), ("absent", {"skipped": "peft"}),
-        ("fatal", {"failed": "CUDA error", "broke": True}), ("unlucky", {"failed": "out of memory"}),
+@on_a_cpu
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--canary", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=HANG,
+    )
+    assert done.returncode == device.CANNOT and "--smoke runs its code on a CPU" in done.stderr
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--parts", "bz"], "there is no part z"),
+        (["--minutes", "0"], "must be more than 0"),
+        (["--canary", "--rest"], "not allowed"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        device.parse(arguments)
+    assert left.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_halves() -> None:
+    assert device.chosen(device.parse(["--canary"])) == CANARY
+    assert device.chosen(device.parse(["--rest"])) == "".join(PARTS).replace(CANARY, "")
+    assert device.chosen(device.parse(["--parts", "cab"])) == "abc"
+
+
+def end(item: str, **more: Any) -> dict[str, Any]:
+    return {
+        "row": "end",
+        "item": item,
+        "part": item[0],
+        "failed": False,
+        "seconds": 1.0,
+        "expected_s": 1.0,
+        "waited_s": 0.0,
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("parts", "row", "status"),
+    [
+        ("a", {}, device.RIGHT),
+        ("a", {"row": "check", "refused": ["dA group 0"]}, device.WRONG),
+        ("a", {"row": "failed", "failed": "it hangs", "contestant": "fastlora triton"}, device.WRONG),
+        ("b", {"row": "op", "part": "b", "contestant": "fastlora triton", "refused": ["y"]}, device.WRONG),
+        ("b", {"row": "failed", "part": "c", "contestant": "full fine-tuning", "failed": "out of memory"}, device.RIGHT),
+        ("d", {"row": "tune", "part": "d", "contestant": "fastlora triton", "refused": ["a race"]}, device.RIGHT),
+    ],
+)
+def test_the_exit_status_says_whether_to_go_on(parts: str, row: dict[str, Any], status: int) -> None:
+    """A rival that fails is a result, and so is a plan that is tried and refused."""
+    found = [{"row": "plan", "left": [f"{parts}: one"]}, end(f"{parts}: one"), *([row] if row else [])]
+    assert device.verdict(parts, found) == status
+
+
+def test_a_canary_that_was_not_finished_is_not_green() -> None:
+    found = [{"row": "plan", "left": ["a: one", "a: two"]}, end("a: one")]
+    assert device.verdict("a", found) == device.UNFINISHED
+    assert device.verdict("b", [{"row": "plan", "left": ["b: one", "b: two"]}, end("b: one")]) == device.RIGHT
+
+
+def test_the_summary_fits_a_terminal_and_names_what_is_wrong() -> None:
+    case = "qkv 50432x768->2304 r=16 p=0.25 bfloat16"
+    op = {"row": "op", "case": case, "phase": "both", "method": "graph", "rank": 16, "m": 50432, "k": 768, "dropout": 0.25}
+    step = {"row": "step", "part": "c", "classes": 1000, "engine": "graph", "peak_bytes": 2**34}
+    found = [
+        {"row": "run", "gpu": "NVIDIA H100 80GB HBM3"},
+        {"row": "check", "part": "a", "item": "a: x", "case": "x", "worst": 0.5},
+        {"row": "check", "part": "a", "item": "a: table", "case": "table", "refused": ["forward: " + "y " * 200]},
+        *(op | {"contestant": c.name, "median_ms": 1.0 + i} for i, c in enumerate(CONTESTANTS)),
+        *(step | {"contestant": name, "median_ms": 100.0} for name in TRAINEES),
+        step | {"contestant": "the paper's arithmetic", "engine": "as written", "median_ms": 150.0},
+        *(
+            {"row": "gemm", "product": "x Wᵀ", "m": 50432, "k": 768, "n": 2304, "contestant": name, "tflops": speed}
+            for name, speed in (("cuBLAS", 600.0), ("Triton a", 450.0), ("Triton b", 510.0))
+        ),
+        {"row": "tune", "case": case, "phase": "forward", "change": "as it stands", "median_ms": 0.4},
+        {"row": "tune", "case": case, "phase": "forward", "change": "forward 64x128x64 4w 4s", "median_ms": 0.3},
+        {"row": "bits", "part": "h", "case": case, "same": False},
+        end("b: one", compiled_late=1),
+        {"row": "ahead", "kernels": 3, "done": 2, "wrong": 1},
+    ]
+    text = summary(found, ["g: " + case, "g: two", "g: three"])
+    assert not [line for line in text.splitlines() if len(line) > 80 and "a: table" not in line]
+    for words in (
+        "1 checks right, 1 red", "a: table: forward:", "0.85", "400.0 µs as it stands, best of 2: 300.0 µs", "0 of 1 cases",
+        "Measured(GPU, 50432, 2000.0, 3000.0)", "100.0  1.5×", "16.0", "and 1 more", "2 of 3 kernels, 1 refused",
     ):  # fmt: skip
-        run.rows.add(row | {"contestant": name} | found)
-    with run.rows.path.open("a") as file:
-        file.write('{"row": "step", "case": "c", "contestant": "half')
-    found = {contestant for _, contestant, _ in finished("step", "gpu", "abc", {tmp_path})}
-    assert found == {"timed", "wrong", "absent", "fatal"}
-    for what, machine, commit in (
-        ("tune", "gpu", "abc"),
-        ("step", "other", "abc"),
-        ("step", "gpu", "def"),
-        ("step", "gpu", None),
-    ):
-        assert not finished(what, machine, commit, {tmp_path})
+        assert words in text, (words, text)
 
 
-def test_a_lost_context_is_noticed_and_told_from_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost() -> None:
-        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-
-    run = make(tmp_path, kind="cuda")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
-    run.failed({"row": "op"}, ValueError("a tile"))
-    assert not run.broken and not run.over(10)
-    monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    run.failed({"row": "op"}, RuntimeError("anything"))
-    assert run.broken and run.over(0)
-    assert ["broke" in row for row in read_rows(run.rows.path)[1:]] == [False, True]
+def test_the_minutes_suffice() -> None:
+    """The canary within its 150 s, and what matters of the rest within ten minutes, the start of the process included."""
+    start = 25.0
+    seconds = {part: sum(item.seconds for item in plan.all_items(90, "cuda", False, part)) for part in PARTS}
+    assert seconds[CANARY] + start <= 60 * device.MINUTES["canary"] == 150
+    assert sum(seconds[part] for part in "bcdefh") + start <= 60 * device.MINUTES["rest"] < 600
 
 
-@on_a_cpu
-@pytest.mark.parametrize("commit", ["abc", None])
-def test_a_lost_context_starts_the_script_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str | None) -> None:
-    """Behind what lost it, which only a known commit can tell, with the time that is left and without the tests."""
-    started: list[Any] = []
+def test_items_have_names_of_their_own() -> None:
+    for smoke, kind in ((True, "cpu"), (False, "cuda")):
+        keys = [item.key for item in plan.all_items(90, kind, smoke)]
+        assert len(keys) == len(set(keys)) > 40
 
-    def loses(run: Run, options: Any) -> bool:
-        run.broken = True
-        return True
 
-    monkeypatch.setattr(device, "measure_layers", loses)
-    monkeypatch.setattr(device, "environment", lambda *_: {"date": "2026-01-01T00:00:00", "commit": commit})
-    monkeypatch.setattr(device.os, "execv", lambda *command: started.append(command))
-    device.main(["--smoke", "--budget", "10000", "--out", str(tmp_path)])
-    if commit is None:
-        assert not started
-        return
-    ((program, command),) = started
-    again = device.parse(command[2:])
-    assert program == command[0] == sys.executable and Path(command[1]).name == "device.py"
-    assert again.no_tests and again.smoke and again.out == tmp_path and 10_000 - HANG < again.budget < 10_000
+def test_contestants_are_those_that_the_issue_of_speed_is_about() -> None:
+    assert {name for name, _ in steps.WAYS} <= TRAINEES.keys() and {name for name, _ in steps.COMPILED} <= TRAINEES.keys()
+    assert [item.about["contestant"] for item in layers.items("b", (50432,), 90, "cuda", False)[:3]] == [
+        "frozen", "fastlora triton", "fastlora eager"
+    ]  # fmt: skip
+    table = [item.name for item in canary.items(90, "cuda", False) if item.name.startswith("table")]
+    assert all("r16" in name and "bfloat16 half" in name for name in table[:2]) and {"50432", "6304"} <= {
+        found[1] for name in table if (found := re.search(r", (\d+) rows", name))
+    }
+
+
+def test_contribution_guide_has_the_plan() -> None:
+    """The table of what each part is expected to take; it compiles nothing, but wants Triton itself."""
+    done = subprocess.run([sys.executable, SCRIPT, "--plan"], capture_output=True, text=True, env=environment(), timeout=HANG)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_only_files_with_gpu_tests_are_collected() -> None:
+    found = suite.files()
+    assert "tests/test_kernels.py" in found and "tests/test_cli.py" not in found
+    assert f"tests/{Path(__file__).name}" not in found
+
+
+class Left:
+    """As much of a Run as the tests' part asks for."""
+
+    def left(self) -> float:
+        return HANG
 
 
 def test_tests_are_stopped_at_the_limit_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +265,9 @@ def test_tests_are_stopped_at_the_limit_and_counted(tmp_path: Path, monkeypatch:
         "def test_hangs():\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(3600)\n"
     )
     (tmp_path / "tests" / "test_y.py").write_text("import a_library_that_is_not_here\n")
-    monkeypatch.setattr(device_tests, "ROOT", tmp_path)
-    monkeypatch.setattr(device_tests, "WORKERS", 1)
+    (tmp_path / "tests" / "test_z.py").write_text("import a_library_that_is_not_here\npytestmark = pytest.mark.gpu\n")
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "WORKERS", 1)
 
     class Limited(subprocess.Popen[str]):
         """Its limit ends once the last test hangs, however long a busy machine takes to get there."""
@@ -159,40 +285,42 @@ def test_tests_are_stopped_at_the_limit_and_counted(tmp_path: Path, monkeypatch:
                 return so_far.output or b""
             raise AssertionError("it did not hang")
 
-    monkeypatch.setattr(device_tests.subprocess, "Popen", Limited)
-    run = make(tmp_path)
-    assert not device_tests.run_tests(run, 7.0, "gpu")
-    (row,) = [row for row in read_rows(run.rows.path) if row["row"] == "tests"]
-    assert (row["passed"], row["failed"], row["ending"]) == (1, 1, "stopped at the limit")
-    assert "assert 1 == 2" in row["output"]
+    monkeypatch.setattr(suite.subprocess, "Popen", Limited)
+    here: Any = Left()
+    (row,) = suite.run_tests("gpu", 7.0, here)
+    assert (row["passed"], row["failed"], row["ending"]) == (1, 1, "stopped at the limit") and "refused" in row
+    assert "assert 1 == 2" in row["output"] and "test_y" not in row["output"]
     stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     wait(lambda: not stat.exists() or stat.read_text().split()[2] == "Z")
     (tmp_path / "tests" / "test_x.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_right(): pass\n")
-    assert device_tests.run_tests(run, HANG, "gpu") is True
+    (tmp_path / "tests" / "test_z.py").unlink()
+    (row,) = suite.run_tests("gpu", HANG, here)
+    assert row["passed"] == 1 and "refused" not in row
 
 
 def test_benchmarks_import_no_circle() -> None:
     """Inside functions and for annotations alone too."""
-    scripts = {path.stem: ast.walk(ast.parse(path.read_text())) for path in BENCHMARKS.glob("*.py")}
+    scripts: dict[str, Path] = {}
+    for path in [*BENCHMARKS.glob("*.py"), *BENCHMARKS.glob("gpu/*.py")]:
+        scripts[f"gpu.{path.stem}" if path.parent.name == "gpu" else path.stem] = path
     imports: dict[str, set[str]] = {}
-    for name, nodes in scripts.items():
-        found = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-        modules = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in found}
-        imports[name] = {module for module in modules if module in scripts}
-    assert "run" in imports["tune"] and "tune" in imports["device"]
+    for name, path in scripts.items():
+        imports[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = f"gpu.{node.module}" if node.level else str(node.module)
+                imports[name] |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                imports[name] |= {alias.name for alias in node.names}
+        imports[name] &= scripts.keys() - {name, "gpu.__init__"}
+    # an item's work is given the run, whose rows it does not know: for annotations alone
+    imports["gpu.items"] -= {"gpu.run"}
+    assert "gpu.plan" in imports["device"] and "gpu.run" in imports["gpu.canary"]
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
-def test_what_cannot_be_captured_keeps_its_time_by_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    run = make(tmp_path, kind="cuda")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
-    monkeypatch.setattr(device, "phase_calls", lambda bounds, phase: [])
-    monkeypatch.setattr(device, "by_events", lambda calls, budget: summary([1.0], "events"))
-    monkeypatch.setattr(device, "by_graph", refuses)
-    timings = list(device._methods(run, [], "forward", None, {"row": "op", "contestant": "c"}))
-    assert [timing.method for timing in timings] == ["events"] and not run.broken
-    assert "capturing" in read_rows(run.rows.path)[-1]["failed"]
+def test_the_process_that_watches_imports_no_torch() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import device, gpu.summary; sys.exit('torch' in sys.modules)"
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], timeout=HANG)
+    assert done.returncode == 0, f"after {time.monotonic() - begun:.1f} s"

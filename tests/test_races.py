@@ -65,7 +65,7 @@ config = compile.Config(tiles.Call(100, "half", 16, False), torch.bfloat16)
 for launch in sum(compile.launches(config), []):
     if launch.kernel.__name__ in ("forward_kernel", "backward_kernel"):
         options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        text = triton.compile(compile._source(launch), target=GPUTarget("cuda", 100, 32), options=options).asm["ttgir"]
+        text = triton.compile(compile.ast_source(launch), target=GPUTarget("cuda", 100, 32), options=options).asm["ttgir"]
         assert "tc_gen5_mma" in text
         without = "\\n".join(line for line in text.splitlines() if "ttng.wait_barrier" not in line)
         print(launch.kernel.__name__, len(races(text)), len(races(without)) > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .common import Adapters, Job, Trainee, few_prompts, host, inputs, prompts, starting_adapters
+from .cublas import CublasBeta
 from .frozen import Frozen
 from .full import FullFineTuning
 from .library import CompiledFastLoRA, FastLoRA, Patched, SharedPrefix
@@ -15,6 +16,7 @@ __all__ = ["TRAINEES", "Adapters", "Job", "Trainee", "few_prompts", "host", "inp
 TRAINEES: dict[str, type[Trainee]] = {
     trainee.name: trainee
     for trainee in (
-        Frozen, FastLoRA, SharedPrefix, Patched, CompiledFastLoRA, Textbook, CompiledTextbook, Paper, Peft, FullFineTuning
+        Frozen, FastLoRA, SharedPrefix, Patched, CompiledFastLoRA, CublasBeta, Textbook, CompiledTextbook, Paper, Peft,
+        FullFineTuning,
     )
 }  # fmt: skip

@@ -221,6 +221,10 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def captured_step(self, images: Tensor, labels: Tensor) -> None:
+        """The same step in a form that a CUDA graph can hold: nothing is read on the host."""
+        self.step(images, labels)
+
     def gradients(self) -> dict[str, Tensor]:
         """After a backward: gradients by name, those of one tower and kind together: "vision dA", …"""
         raise NotImplementedError

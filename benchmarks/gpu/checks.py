@@ -112,7 +112,7 @@ def verdict(call: Call, book: Book, plan: Plan | None = None) -> Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What became of one class: the plan that serves, its largest error as a share of the allowed one, the plans that are red."""
+    """What became of one class: the plan that serves, its largest error as a share of what is allowed, the red plans."""
 
     kind: Kind
     plan: Plan

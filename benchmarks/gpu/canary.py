@@ -1,0 +1,130 @@
+"""Part a, the canary: whether the kernels are right on this GPU, before any time is spent on how fast they are.
+
+The most telling first. Kernels are compiled meanwhile, so what needs none comes before them. Every item ends with a row that
+says what was compared; one that is wrong says `refused`, and names the form that is red and the one that serves in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fastlora import verdicts
+from fastlora.kernels import tiles
+from fastlora.kernels.compile import Config
+
+from .ahead import needed
+from .attention_checks import attention, missing
+from .checks import TableRow, judged, mask_bits, replays, table_rows
+from .items import Item, Needed, Row
+from .layers import bits_items
+from .run import Run
+from .step_check import captured_step
+from .suite import suite_items
+
+__all__ = ["items"]
+
+ROWS = (50432, 6304)  # 256 images of 197 tokens, and 32
+# Expected seconds of one item: with an fp64 truth, at 50432 rows and at fewer; masks, graphs, attention, a step.
+JUDGED = {"large": 0.8, "small": 0.3}
+MASK, REPLAYS, ATTENTION, STEP = 1.5, 1.0, 2.5, 6.0
+
+
+def items(arch: int, device: str, smoke: bool) -> list[Item]:
+    """Every check, in order of worth."""
+    found = [_check(f"attention, {kernel}, {_short(dtype)}", ATTENTION, functools.partial(_attention, kernel, dtype, smoke))
+             for kernel, dtype in _attention_kinds(device)]  # fmt: skip
+    table = [row for m in ((37,) if smoke else ROWS) for row in _table(device, m, 133 if smoke else 768, smoke)]
+    table.sort(key=lambda row: (row.precision != "half", row.layer.rank > 16))  # the paper's class first, at both sizes
+    found += [_table_item(row, arch) for row in table]
+    wide = [] if smoke else [row for k in (512, 1024) for row in _table(device, 6304, k, smoke, ranks=(16,))]
+    found += [_table_item(row, arch) for row in wide if row.layer.dtype == torch.bfloat16]
+    bf16 = torch.float16 if smoke else torch.bfloat16  # the interpreter does not know bfloat16
+    m, k = (37, 133) if smoke else (6304, 768)
+    for rate in (0.25, 0.1):
+        work = functools.partial(_facts, functools.partial(mask_bits, m=m, k=k, dtype=bf16, dropout=rate))
+        found.append(_check(f"every bit of the mask, p={rate:g}", MASK, work, _needs(arch, bf16, m, k, identities=True), 12))
+    for m in (37,) if smoke else ROWS:
+        work = functools.partial(_facts, functools.partial(replays, m=m, k=k, times=3 if smoke else 20, dtype=bf16))
+        found.append(_check(f"20 graph replays, {m} rows", REPLAYS, work, _needs(arch, bf16, m, k), 30))
+    found.append(_check("one captured training step", STEP, functools.partial(_facts, functools.partial(_step, smoke))))
+    found += bits_items("a", ROWS, arch, device, smoke)
+    return found + ([] if smoke else suite_items("a", "gpu and not slow", 45.0))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check(
+    name: str, seconds: float, work: Callable[[Run], Iterable[Row]], needs: tuple[Needed, ...] = (), calls: int = 0
+) -> Item:
+    return Item("a", name, seconds, work, needs=needs, calls=calls, about={"case": name, "contestant": "fastlora triton"})
+
+
+def _needs(arch: int, dtype: torch.dtype, m: int, k: int, identities: bool = False) -> tuple[Needed, ...]:
+    call = tiles.Call(arch, "half", 16, True)
+    return (needed(Config(call, dtype, (True,) * 3, k, m, 16, identities)),)
+
+
+def _facts(check: Callable[..., dict[str, Any]], run: Run) -> Iterator[Row]:
+    """The row of a check: its facts, or what it found wrong."""
+    try:
+        yield {"row": "check", **check(run.device)}
+    except AssertionError as error:
+        yield {"row": "check", "refused": [str(error)]}
+
+
+def _attention_kinds(device: str) -> list[tuple[str, torch.dtype]]:
+    if device == "cpu":
+        return [("cpu", torch.float32), ("sdpa", torch.float32)]
+    return [("varlen", torch.bfloat16), ("xformers", torch.bfloat16), ("varlen", torch.float16), ("xformers", torch.float16)]
+
+
+def _attention(kernel: str, dtype: torch.dtype, smoke: bool, run: Run) -> Iterator[Row]:
+    if run.device.type == "cuda" and (reason := missing(kernel)) is not None:
+        yield {"row": "check", "skipped": reason}
+        return
+    sizes: dict[str, Any] = {"prompts": 6, "images": 2, "tokens": 5, "prefix": 2, "heads": (2, 2), "head": 8} if smoke else {}
+    yield from _facts(functools.partial(attention, kernel=kernel, dtype=dtype, **sizes), run)
+
+
+def _step(smoke: bool, device: torch.device) -> dict[str, Any]:
+    return captured_step(device, steps=2, batch=2) if smoke else captured_step(device, dtype=torch.bfloat16)
+
+
+def _table(device: str, m: int, k: int, smoke: bool, ranks: tuple[int, ...] = (16, 32, 64, 128)) -> list[TableRow]:
+    if smoke:  # without a GPU: an interpreted product takes a second
+        return table_rows(torch.device(device), m, k, dtypes=(torch.float16,), ranks=(16,))
+    return table_rows(torch.device(device), m, k, ranks=ranks)
+
+
+def _table_item(row: TableRow, arch: int) -> Item:
+    layer = row.layer
+    call = tiles.Call(arch, row.precision, tiles.padded_rank(layer.rank), layer.spec.dropout > 0)
+    config = Config(call, layer.dtype, (True,) * 3, layer.k, row.m, layer.rank)
+    name = f"table, {row.name}, {row.m} rows, width {layer.k}"
+    seconds = JUDGED["large" if row.m > 10_000 else "small"]
+    return _check(name, seconds, functools.partial(_judge, row), (needed(config),), 2)
+
+
+def _judge(row: TableRow, run: Run) -> Iterator[Row]:
+    """Forward and backward of one class by the error rule; where the table's plan is red, the next best and both are named."""
+    book = verdicts.book(run.device) if run.device.type == "cuda" else _book_of_no_gpu()
+    for call in row.calls():
+        about: Row = {"row": "check", "direction": call.kind.direction}
+        try:
+            found = judged(call, book)
+        except AssertionError as error:
+            yield about | {"refused": [str(error)]}
+            continue
+        yield about | found.facts() | ({} if found.right else {"refused": [str(found)]})
+
+
+@functools.cache
+def _book_of_no_gpu() -> verdicts.Book:
+    """A book that nothing is written into: a smoke run judges the interpreter."""
+    return verdicts.Book(verdicts.Key("no GPU", "none", torch.__version__, "interpreter", verdicts.source()))

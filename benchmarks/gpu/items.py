@@ -1,0 +1,76 @@
+"""The units of work of `benchmarks/device.py`: what each takes, and which kernels it needs compiled. Needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlora.kernels.launch import Launch
+
+    from .run import Run
+
+__all__ = ["CANARY", "PARTS", "Item", "Needed", "Row"]
+
+Row = dict[str, Any]
+CANARY = "a"
+# In order of worth; h before g, which takes all that is left.
+PARTS = {
+    CANARY: "the canary: are the kernels right",
+    "b": "one layer, forward and backward",
+    "c": "whole steps of ViT-B/16",
+    "d": "alternatives of the tile table",
+    "e": "Triton's plain product beside cuBLAS",
+    "f": "one layer at few rows",
+    "h": "the same bits as at first",
+    "g": "torch.compile of the textbook",
+    "i": "the tests marked gpu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """Kernels that an item starts, described so that another process can record their launches again.
+
+    Args:
+        record: a function of a module, which records launches on "meta" tensors.
+        arguments: its arguments, picklable.
+    """
+
+    record: Callable[..., list[Launch]]
+    arguments: tuple[Any, ...]
+
+    def launches(self) -> list[Launch]:
+        """The launches of one call, in order."""
+        return self.record(*self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One unit of work: done as a whole, or done again.
+
+    Args:
+        part: a key of PARTS.
+        name: what it is, unique in its part.
+        seconds: what it is expected to take on an H100, its kernels compiled.
+        work: yields its rows, each of which is on disk before the next is computed.
+        needs: the kernels that it starts.
+        calls: how often it makes the calls of `needs`.
+        strict: whether it is not done where a kernel did not compile, or may race.
+        about: what all of its rows say, whatever comes of it: case and contestant.
+    """
+
+    part: str
+    name: str
+    seconds: float
+    work: Callable[[Run], Iterable[Row]]
+    needs: tuple[Needed, ...] = ()
+    calls: int = 0
+    strict: bool = False
+    about: Row = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What it is called in rows."""
+        return f"{self.part}: {self.name}"

@@ -1,0 +1,187 @@
+"""Parts c and g: whole training steps of ViT-B/16, as written, captured in a CUDA graph, or compiled.
+
+Each contestant passes the step's gate, warms up, then its steps are timed one by one with CUDA events. A row keeps their
+median, their quantiles and the peak memory; a second one tells where the time goes, kernel by kernel. "graph" is the whole
+step, optimizer included, captured once and replayed on two batches in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from baselines import TRAINEES, Job, Trainee, inputs
+from fastlora.kernels import tiles
+from fastlora.kernels.compile import Config
+from measure import Timing, by_clock, by_events
+from steps import checked
+
+from .ahead import needed
+from .items import Item, Needed, Row
+from .run import Run
+
+__all__ = ["captured", "items"]
+
+WARM_UP, STEPS = 8, 60
+LIMIT = 12.0  # seconds for the timed steps of one contestant: of one that takes longer fewer are timed
+MODEL = "ViT-B-16-quickgelu"
+# Ours first, then whoever targets speak of; the ways in which each is run.
+WAYS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("fastlora", ("graph", "as written")),
+    ("the paper's arithmetic", ("as written", "graph")),
+    ("full fine-tuning", ("as written", "graph")),
+    ("cuBLAS beta=1", ("as written", "graph")),
+    ("textbook", ("as written", "graph")),
+    ("PEFT", ("as written", "graph")),
+    ("fastlora, share_prefix", ("graph",)),
+    ("fastlora, host's encoders", ("graph", "as written")),
+)
+COMPILED = (("textbook", 100), ("textbook", 10), ("fastlora", 100))  # (contestant, classes) of part g
+# What an item takes beside its steps: model, adapters and optimizer, its gate the first time, the profile; a capture.
+SETUP, GATE, CAPTURE, INDUCTOR = 2.0, 4.0, 1.0, 75.0
+# Expected milliseconds of a step at 10, 100 and 1000 classes, as written and by graph: they plan the minutes, no more.
+EXPECTED = {
+    "ours": {"as written": (20, 20, 25), "graph": (9, 10, 14)},
+    "rivals": {"as written": (25, 33, 150), "graph": (17, 30, 150)},
+}
+Step = Callable[[], object]
+
+
+def jobs(smoke: bool, device: str) -> list[Job]:
+    """The recipe's batch of 32 at 10, 100 and 1000 classes."""
+    if smoke:
+        return [Job("mini", classes=3, batch=2, device=device, depth=2, width=64)]
+    return [Job(MODEL, classes=classes, device=device) for classes in (10, 100, 1000)]
+
+
+def _needed(arch: int) -> tuple[Needed, ...]:
+    """What both towers start, but for the last blocks, whose few kernels are compiled as they come."""
+    call = tiles.Call(arch, "half", 16, True)
+    return tuple(
+        needed(Config(call, torch.bfloat16, (True,) * 3, width, rows, 2, identities=True))
+        for rows, width in ((32 * 197, 768), (9000, 512))
+    )
+
+
+def items(part: str, arch: int, device: str, smoke: bool) -> list[Item]:
+    """An item for each job, contestant and way: of part c those of WAYS, of part g those that Inductor compiles."""
+    found = []
+    every = jobs(smoke, device)
+    chosen = [(job, name, way) for job, (name, ways) in itertools.product(every, WAYS) for way in ways]
+    if part == "g":  # not on a CPU, where Inductor takes a minute and more for each
+        chosen = [(job, name, "compile") for name, n in COMPILED for job in every if job.classes == n and device != "cpu"]
+    gated: set[str] = set()
+    for job, name, engine in chosen:
+        ours = name.startswith("fastlora")
+        number = {10: 0, 100: 1, 1000: 2}.get(job.classes, 0)
+        step = EXPECTED["ours" if ours else "rivals"]["graph" if engine == "graph" else "as written"][number] / 1e3
+        seconds = SETUP + min(LIMIT, STEPS * step) + WARM_UP * step
+        seconds += GATE * (name not in gated) + CAPTURE * (engine == "graph") + INDUCTOR * (engine == "compile")
+        gated.add(name)
+        found.append(
+            Item(
+                part,
+                f"{job.name}, {name}, {engine}",
+                seconds,
+                functools.partial(measure, job, name, engine),
+                needs=_needed(arch) if ours else (),
+                calls=12 * (WARM_UP + STEPS) if ours else 0,
+                about={"case": job.name, "contestant": name, "engine": engine},
+            )
+        )
+    return found
+
+
+def captured(contestant: Trainee, images: Tensor, labels: Tensor) -> Step:
+    """Forward, backward and AdamW as one CUDA graph, which reads these two tensors; on a CPU the same function again."""
+    step = functools.partial(contestant.captured_step, images, labels)
+    if images.device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the graph has memory of its own: beside what the warm-up left 1000 classes would not fit
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _step(contestant: Trainee, engine: str) -> Step:
+    """One step on the next of two batches."""
+    batches = itertools.cycle([inputs(contestant.job, number) for number in (1, 2)])
+    if engine == "graph":
+        images, labels = (t.clone() for t in next(batches))
+        replay = captured(contestant, images, labels)
+
+        def step() -> None:
+            for target, value in zip((images, labels), next(batches), strict=True):
+                target.copy_(value)
+            replay()
+
+        return step
+    if engine == "compile":
+        contestant.loss = torch.compile(contestant.loss, dynamic=False)  # type: ignore[method-assign]
+    return lambda: contestant.step(*next(batches))
+
+
+def _timed(run: Run, step: Step) -> Timing:
+    if run.device.type != "cuda":
+        return by_clock([step], run.device, 0.0, least=1)
+    start = time.monotonic()
+    for _ in range(WARM_UP):
+        step()
+        torch.cuda.synchronize()
+        if time.monotonic() - start > LIMIT:
+            break
+    return by_events([step], LIMIT, most=STEPS)
+
+
+def _profile(step: Step) -> list[Row]:
+    """The twenty-five kernels that take most of a step, in microseconds a step, and how many there are."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    rows = [e for e in found.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+    rows.sort(key=lambda e: -e.self_device_time_total)
+    top = [{"kernel": e.key[:120], "us": round(e.self_device_time_total / 3, 1), "calls": e.count / 3} for e in rows[:25]]
+    total = {"us": round(sum(e.self_device_time_total for e in rows) / 3, 1), "calls": sum(e.count for e in rows) / 3}
+    return [{"kernel": "all", **total}, *top]
+
+
+def measure(job: Job, name: str, engine: str, run: Run) -> Iterator[Row]:
+    """The time and the peak memory of one contestant's step; then, on a GPU, where the time goes."""
+    row: Row = {"row": "step", **job.row(), "phase": "step"}
+    if (reason := TRAINEES[name].missing()) is not None:
+        yield row | {"skipped": reason}
+        return
+    try:
+        contestant = checked(name, job)
+    except AssertionError as error:
+        yield row | {"refused": [str(error)[:2000]]}
+        return
+    memory: Row = {}
+    cuda = run.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        memory["held_bytes"] = torch.cuda.memory_allocated()
+    step = _step(contestant, engine)
+    timing = _timed(run, step)
+    if cuda:
+        memory |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    yield row | timing.row() | memory
+    if cuda:
+        yield {"row": "profile", "kernels": _profile(step)}
