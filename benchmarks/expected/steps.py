@@ -11,9 +11,9 @@ import math
 
 import torch
 
-from gpu.layers import works
-from gpu.model import HOST, HOST_COMPILED, HOST_TRITON, NODE, Expected, Work, cublas, long_sum
-from gpu.ours import triton
+from expected.layers import works
+from expected.model import HOST, HOST_COMPILED, HOST_TRITON, NODE, Expected, Work, cublas, long_sum
+from expected.ours import triton
 from shapes import Case
 
 BATCH, IMAGE_TOKENS, CONTEXT, BLOCKS, HEAD = 32, 197, 77, 12, 64

@@ -57,4 +57,5 @@ class Rows:
         return None if found is None else 1e3 * found
 
     def peak(self, classes: int, contestant: str) -> float | None:
-        return median(self._step(classes, contestant, "as written"), "peak_bytes")
+        """Bytes above those of the model before its first step."""
+        return median(self._step(classes, contestant, "as written"), lambda row: row["peak_bytes"] - row["held_bytes"])

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from fastlora.kernels import tiles
-from gpu.model import CLOCK, COPY, L2, MULTIPROCESSORS, NODE, Expected, triton_tile, waves
+from expected.model import CLOCK, COPY, L2, MULTIPROCESSORS, NODE, Expected, triton_tile, waves
 from shapes import Case
 
 RANK = 16  # ranks up to it are padded to it

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from fastlora.bench.rows import Row
 from fastlora.bench.table import NONE, Table
-from gpu import layers, steps
-from gpu.expected import Expected, change, layer, product, step
-from gpu.measured import Rows, case_of, gpu_rows
-from gpu.targets import targets
+from expected import layers, steps
+from expected import Expected, change, layer, product, step
+from expected.measured import Rows, case_of, gpu_rows
+from expected.targets import targets
 from shapes import Case
 
 COMPILED = "torch.compile(textbook)"

@@ -1,1 +1,0 @@
-"""What is measured on a GPU, and what is expected there before it is measured."""
