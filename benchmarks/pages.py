@@ -26,6 +26,7 @@ from fastlora.bench.page import svg
 from fastlora.bench.rows import MODEL, Row, read
 from fastlora.bench.table import Table
 from fastlora.bench.targets import targets
+import expected.tables
 
 HOME = Path(__file__).resolve().parents[1]
 RESULTS = HOME / "benchmarks" / "results"
@@ -94,6 +95,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "warm-up": _warm_up,
     "agreement": _cpu(tables.agreement),
     "overview": _cpu(tables.overview),
+    "expected on an H100": lambda page: expected.tables.text(),
     **{f"step of {m}, {n} classes": _steps(m, n) for m in ("mini", MODEL) for n in (10, 100, 1000)},
 }
 
