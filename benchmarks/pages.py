@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import engines
+import expected.tables
 import options_table
 import soak
 import sweeps
@@ -26,7 +27,6 @@ from fastlora.bench.page import svg
 from fastlora.bench.rows import MODEL, Row, read
 from fastlora.bench.table import Table
 from fastlora.bench.targets import targets
-import expected.tables
 
 HOME = Path(__file__).resolve().parents[1]
 RESULTS = HOME / "benchmarks" / "results"

@@ -97,7 +97,7 @@ class Call:
 class Measured(NamedTuple):
     """Medians of forward and backward of packed q, k, v at `rows` rows of x, in microseconds, both in one run on one GPU.
 
-    Printed by benchmarks/device.py, whose raw rows lie in benchmarks/results/. A plain tuple: torch.compile reads it.
+    Printed by benchmarks/device.py, whose raw rows lie in benchmarks/results/gpu/. A plain tuple: torch.compile reads it.
     """
 
     gpu: str

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from fastlora.bench.rows import Row
-from expected import layers, measured, model, steps, tables
-from expected import change, layer, product, step
-from expected.tables import CHANGES
+from expected import change, layer, layers, measured, model, product, step, steps, tables
 from expected.measured import Rows, case_of
+from expected.tables import CHANGES
+from fastlora.bench.rows import Row
 
 ROWS = (1600, 6304, 50432)
 CASES = [case_of(m, k, rank, p) for m in ROWS for k in (768, 1024) for rank in (2, 16) for p in (0.0, 0.25)]

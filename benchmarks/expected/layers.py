@@ -49,7 +49,8 @@ PASSES: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {
         (Pass(SMALL, 0, 2), DROPOUT, _thin("s", when="dropout"), _thin("s", 1, 1, "without"), Pass("y += s Bᵀ", 2)),
         (_thin("ds"), _thin("dB"), Pass("x' again (x, mask, x')", 2.5, when="dropout"), _thin("dA", when="dropout"),
          _thin("dA", 1, 1, "without"), _thin("ds A", when="dropout"),
-         Pass("dx += (ds A, mask, dx twice)", 3.5, when="dropout"), Pass("dx += ds A", 2, 1, when="without"), Pass(SMALL, 0, 4)),
+         Pass("dx += (ds A, mask, dx twice)", 3.5, when="dropout"), Pass("dx += ds A", 2, 1, when="without"),
+         Pass(SMALL, 0, 4)),
     ),
     "textbook": (
         (Pass(SMALL, 0, 6), DROPOUT, _thin("s"), _thin("s Bᵀ"), Pass("· scale", 2), Pass("sum", 3)),

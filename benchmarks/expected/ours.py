@@ -9,8 +9,8 @@ import dataclasses
 import math
 from typing import Any
 
-from fastlora.kernels import tiles
 from expected.model import CLOCK, COPY, L2, MULTIPROCESSORS, NODE, Expected, triton_tile, waves
+from fastlora.kernels import tiles
 from shapes import Case
 
 RANK = 16  # ranks up to it are padded to it

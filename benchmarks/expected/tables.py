@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastlora.bench.rows import Row
-from fastlora.bench.table import NONE, Table
-from expected import layers, steps
-from expected import Expected, change, layer, product, step
+from expected import Expected, change, layer, layers, product, step, steps
 from expected.measured import Rows, case_of, gpu_rows
 from expected.targets import targets
+from fastlora.bench.rows import Row
+from fastlora.bench.table import NONE, Table
 from shapes import Case
 
 COMPILED = "torch.compile(textbook)"

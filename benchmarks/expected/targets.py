@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastlora.bench.table import NONE, Table
 from expected.layers import layer
 from expected.measured import Rows, case_of
 from expected.steps import step
+from fastlora.bench.table import NONE, Table
 
 OURS, PAPER, FULL = "fastlora", "the paper's arithmetic", "full fine-tuning"
 # (classes, times as fast as the paper's code as it is, as that captured in a graph), ours by graph

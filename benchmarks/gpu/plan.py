@@ -58,18 +58,43 @@ def cost(items: list[Item], known: Iterable[str] = ()) -> Cost:
     return Cost(len(items), len(kernels), launches, sum(item.seconds for item in items))
 
 
+def why() -> dict[str, str]:
+    """What each part's seconds are made of."""
+    from . import canary, layers, products, steps, tune
+
+    def both(of: dict[str, float]) -> str:
+        return f"{of['large']:g} s at 50432 rows, {of['small']:g} below"
+
+    return {
+        "a": f"a class of the table {both(canary.JUDGED)}, for its fp64 truth; attention {canary.ATTENTION:g}, a step "
+        f"{canary.STEP:g}; the tests at most {canary.TESTS:g}",
+        "b": f"inputs, truth and three graphs {both(layers.SETUP)}; four samples of {layers.SAMPLE:g}",
+        "c": f"model and optimizer {steps.SETUP:g} s; a gate {steps.GATE:g}, once a contestant; a capture {steps.CAPTURE:g}; "
+        f"{steps.WARM_UP} + {steps.STEPS} steps as long as docs/performance.md predicts",
+        "d": f"gate and graph {both(tune.SETUP)}; a sample of {tune.SAMPLE:g}",
+        "e": f"operands, truth and graph {products.SETUP:g} s; a sample of {products.SAMPLE:g}",
+        "f": "as b",
+        "h": f"{layers.DIGEST:g} s to copy 0.6 GB to the host and hash it",
+        "g": f"Inductor {layers.COMPILES:g} s a layer, {steps.INDUCTOR:g} a step; else as b and c",
+        "i": "compute-sanitizer on real tiles, and random shapes, as many as fit",
+    }
+
+
 def table(items: list[Item]) -> str:
-    """A Markdown table of the parts: what each costs, in order."""
-    lines = ["| part | | items | kernels to compile | launches of ours | expected |", "|---|---|---:|---:|---:|---:|"]
+    """A Markdown table of the parts: what each costs, in order, and why."""
+    heads = ("part", "", "items", "kernels to compile", "launches of ours", "expected", "why")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|---|"]
     known: set[str] = set()
-    total = Cost(0, 0, 0, 0.0)
+    costs = []
     for part, title in PARTS.items():
         mine = [item for item in items if item.part == part]
-        if not mine:
-            continue
-        one = cost(mine, known)
-        known |= kernels_of(mine)
-        total = Cost(*(a + b for a, b in zip(dataclasses.astuple(total), dataclasses.astuple(one), strict=True)))
-        lines.append(f"| {part} | {title} | {one.items} | {one.kernels} | {one.launches:,} | {one.seconds:.0f} s |")
-    lines.append(f"| | together | {total.items} | {total.kernels} | {total.launches:,} | {total.seconds:.0f} s |")
-    return "\n".join(lines)
+        if mine:
+            costs.append(cost(mine, known))
+            known |= kernels_of(mine)
+            lines.append(_line(part, title, costs[-1], why()[part]))
+    total = Cost(*map(sum, zip(*map(dataclasses.astuple, costs), strict=True)))
+    return "\n".join([*lines, _line("", "together", total, "")])
+
+
+def _line(part: str, title: str, cost: Cost, reason: str) -> str:
+    return f"| {part} | {title} | {cost.items} | {cost.kernels} | {cost.launches:,} | {cost.seconds:.0f} s | {reason} |"

@@ -55,14 +55,6 @@ def _saved(rows: list[Row]) -> list[float]:
     return [row["saved_over_x"] for row in pick(rows, row="counted") if "saved_over_x" in row]
 
 
-def _op(dropout: float, rank: int) -> Callable[[list[Row]], list[float]]:
-    def values(rows: list[Row]) -> list[float]:
-        mine = pick(rows, row="op", kind="qkv", phase="both", m=50432, k=768, rank=rank, dropout=dropout, method="graph")
-        return [row["over_frozen"] for row in mine if row["contestant"] == "fastlora triton" and "over_frozen" in row]
-
-    return values
-
-
 TARGETS = [
     *(Target(f"ViT-B-32, {n} classes: faster than the paper's arithmetic", _faster(OURS, n), b, True)
       for n, b in ((10, 1.6), (100, 4.2), (1000, 11.0))),
@@ -72,8 +64,6 @@ TARGETS = [
     Target("100 classes: growth over the state before a step, over the paper's", _memory("growth_bytes"), 1 / 6, False, ""),
     Target("FLOPs of a patched ViT-B-32 at rank 16 over frozen (counted)", _flops, 1.03, False, ""),
     Target("bytes saved by one packed q, k, v, in sizes of x (counted)", _saved, 1.1, False, ""),
-    *(Target(f"GPU, packed q, k, v, 50432 rows, rank {r}, p = {p:g}: time over frozen", _op(p, r), b, False, "")
-      for r in (2, 16) for p, b in ((0.0, 1.10), (0.25, 1.15))),
 ]  # fmt: skip
 
 
