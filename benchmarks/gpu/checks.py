@@ -58,6 +58,12 @@ class TableRow:
         dtype = str(self.layer.dtype).removeprefix("torch.")
         return f"{dtype} {self.precision} r{self.layer.rank} p={self.layer.spec.dropout:g}"
 
+    @property
+    def kind(self) -> tiles.Call:
+        """The class as the table knows it."""
+        layer = self.layer
+        return tiles.Call(tiles.architecture(layer.device), self.precision, tiles.padded_rank(layer.rank), layer.dropout)
+
     def calls(self) -> tuple[Call, Call]:
         """A forward, and a backward that is asked for all gradients."""
         with products(self.precision):
