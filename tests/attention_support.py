@@ -1,12 +1,17 @@
-"""Attention over packed rows by its definition: what every kernel is compared with."""
+"""Attention over packed rows by its definition, what every kernel is compared with, and stand-ins for the kernels of a GPU."""
 
 from __future__ import annotations
 
 import math
+import sys
+import types
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastlora.encoders import attention
 from fastlora.encoders.packing import Sequences
 
 HEADS = 2
@@ -74,3 +79,52 @@ CASES = {
     "readers": make(((2, 2), (1, 6)), True, 0, True),
     "readers, shared prefix": make(((2, 2), (1, 6)), True, 4, True),
 }
+
+
+def fake_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:  # fmt: skip
+    """torch.nn.attention.varlen.varlen_attn as documented; flash attention's causal diagonal is at the bottom right."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size in ((-1, 0), (-1, -1))
+    assert max_q == int(cu_seq_q.diff().max()) and max_k == int(cu_seq_k.diff().max())
+    assert len(query) == cu_seq_q[-1] and len(key) == len(value) == cu_seq_k[-1] and query.shape[1:] == key.shape[1:]
+    q, k, v = (t.flatten(1).tensor_split([int(c) for c in cu[1:-1]]) for t, cu in
+               ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))  # fmt: skip
+    return torch.cat([one_sequence(*qkv, window_size == (-1, 0)) for qkv in zip(q, k, v, strict=True)]).view_as(query)
+
+
+class FakeMask:
+    """xformers' BlockDiagonalMask: lengths of queries and keys, and whether causal from the bottom right."""
+
+    def __init__(self, q: list[int], k: list[int], causal: bool = False) -> None:
+        self.q, self.k, self.causal = q, k, causal
+
+    @classmethod
+    def from_seqlens(cls, q: list[int], k: list[int], *, device: torch.device) -> FakeMask:
+        return cls(q, k)
+
+    def make_causal_from_bottomright(self) -> FakeMask:
+        return FakeMask(self.q, self.k, True)
+
+
+def fake_efficient(query: Tensor, key: Tensor, value: Tensor, attn_bias: FakeMask) -> Tensor:
+    q, k, v = (t[0].flatten(1).split(lengths) for t, lengths in
+               ((query, attn_bias.q), (key, attn_bias.k), (value, attn_bias.k)))  # fmt: skip
+    return torch.cat([one_sequence(*qkv, attn_bias.causal) for qkv in zip(q, k, v, strict=True)]).view_as(query)
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put what these kernels are documented to do in the place of the two that need a GPU."""
+    varlen: Any = types.ModuleType("torch.nn.attention.varlen")
+    varlen.varlen_attn = fake_varlen
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    ops: Any = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = fake_efficient
+    bias: Any = types.ModuleType("xformers.ops.fmha.attn_bias")
+    bias.BlockDiagonalMask = FakeMask
+    for name, module in (("xformers.ops", ops), ("xformers.ops.fmha.attn_bias", bias)):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("xformers", "xformers.ops.fmha"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    attention._block_mask.cache_clear()
