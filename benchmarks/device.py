@@ -20,6 +20,7 @@ import datetime
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ RIGHT, WRONG, CANNOT, UNFINISHED = 0, 1, 2, 3
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the raw rows (default: benchmarks/results/gpu)")
-    parser.add_argument("--minutes", type=float, help="in all (default: 2.5 for the canary, 9.5 for the rest)")
+    parser.add_argument("--out", type=Path, help="folder for the raw rows (default: benchmarks/results/gpu)")
+    parser.add_argument("--minutes", type=float, help="in all (default: 2.5 for the canary and 9.5 for the rest)")
     half = parser.add_mutually_exclusive_group()
     half.add_argument("--canary", action="store_true", help="part a alone")
     half.add_argument("--rest", action="store_true", help="all parts but a")
@@ -164,14 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(plan(parts))
         return RIGHT
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker is ended, too
+    options.out = options.out or (Path(tempfile.mkdtemp(prefix="fastlora-smoke-")) if options.smoke else RESULTS)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.smoke:
         print("at full size, on an H100:", plan(parts), sep="\n", flush=True)
     canary, rest = CANARY in parts, parts.replace(CANARY, "")
-    minutes = options.minutes or MINUTES["canary"] * canary + MINUTES["rest"] * bool(rest)
+    minutes = options.minutes or (60.0 if options.smoke else MINUTES["canary"] * canary + MINUTES["rest"] * bool(rest))
     end = time.monotonic() + 60 * minutes
-    status = half(options, CANARY, min(minutes, MINUTES["canary"])) if canary else RIGHT
-    return half(options, rest, (end - time.monotonic()) / 60) if rest and status == RIGHT else status
+    status = RIGHT
+    if canary:
+        status = half(options, CANARY, min(minutes, MINUTES["canary"]) if rest and not options.smoke else minutes)
+    if rest and status == RIGHT:
+        status = half(options, rest, (end - time.monotonic()) / 60)
+    return status
 
 
 if __name__ == "__main__":

@@ -14,12 +14,20 @@ from waiting import HANG
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+def alone() -> dict[str, str]:
+    """The environment of a benchmark: it is timed by itself, whatever the suite that starts it runs under."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+
+
+def without_interpreter() -> dict[str, str]:
+    """The same for what compiles kernels: the interpreter is chosen when Triton is imported."""
+    return {k: v for k, v in alone().items() if k != "TRITON_INTERPRET"}
+
+
 def run_benchmark(*arguments: str, folder: Path) -> list[dict[str, Any]]:
     """Run a benchmark in a process of its own, as a user does, and return the rows of every file that it wrote."""
-    # a benchmark is timed by one process at a time, whatever the suite that starts it runs under
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=BENCHMARKS.parent, timeout=HANG
+        [sys.executable, *arguments], capture_output=True, text=True, env=alone(), cwd=BENCHMARKS.parent, timeout=HANG
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench_support import BENCHMARKS
+from bench_support import BENCHMARKS, without_interpreter
 from waiting import HANG
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -56,7 +55,7 @@ if __name__ == "__main__":
 def compiled(code: str, cache: Path, folder: Path) -> dict[str, object]:
     script = folder / "ahead.py"
     script.write_text(code)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    environment = without_interpreter() | {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [sys.executable, str(script), str(BENCHMARKS)], capture_output=True, text=True, env=environment, timeout=HANG
     )

@@ -6,7 +6,6 @@ import ast
 import functools
 import graphlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,8 +18,8 @@ import torch
 
 import device
 from baselines import TRAINEES
-from bench_support import BENCHMARKS, names
-from gpu import canary, layers, plan, steps, suite
+from bench_support import BENCHMARKS, names, without_interpreter
+from gpu import plan, steps
 from gpu.history import rows_of
 from gpu.items import CANARY, PARTS
 from gpu.summary import summary
@@ -32,14 +31,10 @@ ROOT = BENCHMARKS.parent
 on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script is run at its real size")
 
 
-def environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST") and k != "TRITON_INTERPRET"}
-
-
 def run(folder: Path, *arguments: str, status: int = 0) -> tuple[str, list[dict[str, Any]]]:
     """The script at tiny size, its output and all rows of the folder."""
     command = [sys.executable, SCRIPT, "--smoke", "--minutes", str(HANG / 60), "--out", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=2 * HANG)
+    done = subprocess.run(command, capture_output=True, text=True, env=without_interpreter(), timeout=2 * HANG)
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout, rows(folder)
 
@@ -97,7 +92,7 @@ def test_a_call_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 
     for number in range(3):
         command = [sys.executable, SCRIPT, "--smoke", "--parts", "b", "--minutes", "60", "--out", str(tmp_path)]
-        process = subprocess.Popen(command, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=without_interpreter(), start_new_session=True, stdout=subprocess.DEVNULL)
         try:
             wait(functools.partial(far_enough, process, number))
             assert process.poll() is None, "it was done before it could be killed"
@@ -118,7 +113,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         [sys.executable, SCRIPT, "--canary", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=without_interpreter(),
         timeout=HANG,
     )
     assert done.returncode == device.CANNOT and "--smoke runs its code on a CPU" in done.stderr
@@ -208,94 +203,6 @@ def test_the_summary_fits_a_terminal_and_names_what_is_wrong() -> None:
         "Measured(GPU, 50432, 2000.0, 3000.0)", "100.0  1.5×", "16.0", "and 1 more", "2 of 3 kernels, 1 refused",
     ):  # fmt: skip
         assert words in text, (words, text)
-
-
-def test_the_minutes_suffice() -> None:
-    """The canary within its 150 s, and what matters of the rest within ten minutes, the start of the process included."""
-    start = 25.0
-    seconds = {part: sum(item.seconds for item in plan.all_items(90, "cuda", False, part)) for part in PARTS}
-    assert seconds[CANARY] + start <= 60 * device.MINUTES["canary"] == 150
-    assert sum(seconds[part] for part in "bcdefh") + start <= 60 * device.MINUTES["rest"] < 600
-
-
-def test_items_have_names_of_their_own() -> None:
-    for smoke, kind in ((True, "cpu"), (False, "cuda")):
-        keys = [item.key for item in plan.all_items(90, kind, smoke)]
-        assert len(keys) == len(set(keys)) > 40
-
-
-def test_contestants_are_those_that_the_issue_of_speed_is_about() -> None:
-    assert {name for name, _ in steps.WAYS} <= TRAINEES.keys() and {name for name, _ in steps.COMPILED} <= TRAINEES.keys()
-    assert [item.about["contestant"] for item in layers.items("b", (50432,), 90, "cuda", False)[:3]] == [
-        "frozen", "fastlora triton", "fastlora eager"
-    ]  # fmt: skip
-    table = [item.name for item in canary.items(90, "cuda", False) if item.name.startswith("table")]
-    assert all("r16" in name and "bfloat16 half" in name for name in table[:2]) and {"50432", "6304"} <= {
-        found[1] for name in table if (found := re.search(r", (\d+) rows", name))
-    }
-
-
-def test_contribution_guide_has_the_plan() -> None:
-    """The table of what each part is expected to take; it compiles nothing, but wants Triton itself."""
-    done = subprocess.run([sys.executable, SCRIPT, "--plan"], capture_output=True, text=True, env=environment(), timeout=HANG)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-
-
-def test_only_files_with_gpu_tests_are_collected() -> None:
-    found = suite.files()
-    assert "tests/test_kernels.py" in found and "tests/test_cli.py" not in found
-    assert f"tests/{Path(__file__).name}" not in found
-
-
-class Left:
-    """As much of a Run as the tests' part asks for."""
-
-    def left(self) -> float:
-        return HANG
-
-
-def test_tests_are_stopped_at_the_limit_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that hangs costs its limit, not what the others said; its processes are gone."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu:\n")
-    (tmp_path / "tests" / "test_x.py").write_text(
-        "import os, pathlib, time, pytest\npytestmark = pytest.mark.gpu\n"
-        "def test_right(): pass\ndef test_wrong(): assert 1 == 2\n"
-        "def test_hangs():\n    pathlib.Path('pid').write_text(str(os.getpid()))\n    time.sleep(3600)\n"
-    )
-    (tmp_path / "tests" / "test_y.py").write_text("import a_library_that_is_not_here\n")
-    (tmp_path / "tests" / "test_z.py").write_text("import a_library_that_is_not_here\npytestmark = pytest.mark.gpu\n")
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
-    monkeypatch.setattr(suite, "WORKERS", 1)
-
-    class Limited(subprocess.Popen[str]):
-        """Its limit ends once the last test hangs, however long a busy machine takes to get there."""
-
-        def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[str, str]:
-            if timeout != 7.0:
-                return super().communicate(input, None if timeout is None else HANG)
-            wait(lambda: (tmp_path / "pid").exists() and {b"PASSED", b"FAILED"} <= set(self.said().split()))
-            raise subprocess.TimeoutExpired(self.args, timeout)
-
-        def said(self) -> bytes:
-            try:
-                super().communicate(timeout=0.1)
-            except subprocess.TimeoutExpired as so_far:
-                return so_far.output or b""
-            raise AssertionError("it did not hang")
-
-    monkeypatch.setattr(suite.subprocess, "Popen", Limited)
-    here: Any = Left()
-    (row,) = suite.run_tests("gpu", 7.0, here)
-    assert (row["passed"], row["failed"], row["ending"]) == (1, 1, "stopped at the limit") and "refused" in row
-    assert "assert 1 == 2" in row["output"] and "test_y" not in row["output"]
-    stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    wait(lambda: not stat.exists() or stat.read_text().split()[2] == "Z")
-    (tmp_path / "tests" / "test_x.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_right(): pass\n")
-    (tmp_path / "tests" / "test_z.py").unlink()
-    (row,) = suite.run_tests("gpu", HANG, here)
-    assert row["passed"] == 1 and "refused" not in row
 
 
 def test_benchmarks_import_no_circle() -> None:
