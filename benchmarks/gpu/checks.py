@@ -27,8 +27,8 @@ from fastlora.verdicts import Book, Kind, Verdict
 __all__ = ["Judged", "TableRow", "capture_here", "forms", "judged", "mask_bits", "products", "replays", "table_rows", "verdict"]
 
 RANKS = (16, 32, 64, 128)
-# So many rows or columns share one sum, each with a power of two of its own: what bfloat16 rounds is then far under 1/4.
-BITS = 6
+# So many rows or columns share one sum, each with a power of two of its own: bfloat16 rounds 31 by an eighth at most.
+BITS = 5
 SITE = 5
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
