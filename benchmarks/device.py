@@ -69,7 +69,7 @@ def work(options: argparse.Namespace) -> int:
     started = time.monotonic()
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         if not options.smoke:
             print("no CUDA device: benchmarks/device.py measures a GPU; --smoke runs its code on a CPU", file=sys.stderr)

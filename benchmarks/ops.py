@@ -338,6 +338,11 @@ def _expected(case: Case, trains: str) -> tuple[dict[str, Tensor], dict[str, Ten
     return eager, _results(bind(_Truth(trains, eager=False), exact), case.groups)
 
 
+def forget() -> None:
+    """Let go of the truths that were kept for the contestants of the last cases."""
+    _expected.cache_clear()
+
+
 def gate(contestant: Contestant, case: Case) -> list[tuple[bool, str]]:
     """Outputs and gradients against the fp64 truth by the rule of fastlora.testing: for each whether it holds, and a line.
 

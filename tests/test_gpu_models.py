@@ -94,5 +94,5 @@ class TestCapturedStep:
             return engine
 
         monkeypatch.setattr(step_check, "graphed", graphed)
-        with pytest.raises(AssertionError, match="3 captured steps in torch.float32 do not have the losses of the eager"):
+        with pytest.raises(AssertionError, match=r"3 captured steps in torch\.float32 do not have the losses of the eager"):
             captured_step(CPU, steps=3, batch=2)

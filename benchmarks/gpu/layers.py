@@ -53,7 +53,6 @@ def config(case: Case, arch: int) -> Config:
     return Config(call, case.dtype, (True,) * case.groups, case.k, case.m, case.rank)
 
 
-@functools.lru_cache(maxsize=1)
 def input_sets(case: Case, device: torch.device) -> list[InputSet]:
     """As many sets as together are three times the L2, so that none is still there when its turn comes again."""
     first = InputSet.draw(case, 1)
@@ -109,7 +108,7 @@ def measure(case: Case, contestant: Contestant, run: Run) -> Iterator[Row]:
     if red := [line for ok, line in gate(contestant, case) if not ok]:
         yield row | {"refused": red}
         return
-    sets = input_sets(case, run.device)
+    sets = run.keep(case, functools.partial(input_sets, case, run.device))
     stream = torch.cuda.Stream() if run.device.type == "cuda" else None
     if stream is not None:
         torch.cuda.synchronize()

@@ -92,7 +92,6 @@ def record(product: str, m: int, k: int, n: int, tile: Tile) -> list[Launch]:
     return launches
 
 
-@functools.lru_cache(maxsize=1)
 def _pairs(product: str, m: int, k: int, n: int, device: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     sets = [InputSet.draw(Case("gemm", m, k, n, dtype=dtype, device=device), i) for i in range(1, 9)]
     return [_operands(product, s.x, s.layers[0].weight) for s in sets]
@@ -125,7 +124,8 @@ def measure(product: str, sizes: tuple[int, int, int], label: str, run: Run) -> 
     """The time of one contestant whose result is right."""
     m, k, n = sizes
     dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
-    operands = _pairs(product, m, k, n, run.device.type, dtype)
+    shape = product, m, k, n, run.device.type, dtype
+    operands = run.keep(shape, functools.partial(_pairs, *shape))
     multiply = CONTESTANTS[label]
     x, w = operands[0]
     truth = x.double() @ w.double().T

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+import ops
 from machine import Ceilings, Rows
 
 from .ahead import Ahead
@@ -17,6 +19,8 @@ from .history import History
 from .items import Item, Row
 
 __all__ = ["Run", "carry_out"]
+
+T = TypeVar("T")
 
 
 class Run:
@@ -37,6 +41,7 @@ class Run:
         self.device, self.rows, self.deadline, self.smoke = device, rows, deadline, smoke
         self.history, self.ahead, self.out = history, ahead, out
         self.broken = False
+        self._kept: tuple[object, Any] | None = None
         self._ceilings: Ceilings | None = None
 
     def left(self) -> float:
@@ -58,6 +63,19 @@ class Run:
             self.rows.add({"row": "ceilings", **vars(self._ceilings)})
         return self._ceilings
 
+    def keep(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, kept until another key is asked for or another part begins: inputs that contestants share."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # before the next is made: the memory of both may not be there
+            self._kept = key, make()
+        value: T = self._kept[1]
+        return value
+
+    def forget(self) -> None:
+        """Let go of what was kept, and of the gate's truths: what is measured next must not share memory with them."""
+        self._kept = None
+        ops.forget()
+
     def lost(self) -> bool:
         """Whether a kernel has poisoned the CUDA context: after an illegal access every call fails, whatever it is."""
         if self.device.type == "cuda":
@@ -71,7 +89,11 @@ class Run:
 
 def carry_out(run: Run, items: list[Item]) -> None:
     """Do what is left of the items, until the time is up or the CUDA context is lost."""
+    part = ""
     for item in run.history.left(items):
+        if part != item.part:
+            run.forget()
+            part = item.part
         if run.left() < item.seconds:
             run.add({"row": "left out", "item": item.key, "part": item.part})
             continue

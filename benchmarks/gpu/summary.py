@@ -38,7 +38,8 @@ def _canary(rows: list[Row]) -> str:
     worst = max((row["worst"] for row in found if row.get("worst") is not None), default=None)
     lines = [f"canary: {len(found) - red - len(skipped)} checks right, {red} red, {len(skipped)} skipped"]
     lines += [] if worst is None else [f"  the largest error is {worst:.2f} of what the rule allows"]
-    return "\n".join(lines + [_cut(f"  skipped: {row['case']}: {row['skipped']}") for row in skipped])
+    lines += [_cut(f"  skipped: {row['case']}: {row['skipped']}") for row in skipped]
+    return "\n".join(lines + [_cut(f"  noted: {row['noted'][0]}", 2 * WIDTH) for row in found if "noted" in row])
 
 
 def _grid(title: str, heads: Iterable[str], lines: Iterable[tuple[str, ...]]) -> str:

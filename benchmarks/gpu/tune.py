@@ -134,7 +134,6 @@ class _Triton(FastLoRA):
         return None
 
 
-@functools.lru_cache(maxsize=1)
 def _sets(case: Case) -> list[InputSet]:
     return [InputSet.draw(case, number) for number in range(1, 9 if case.m < 20000 else 3)]
 
@@ -150,6 +149,8 @@ def measure(trial: Trial, run: Run) -> Iterator[Row]:
         if red := [line for ok, line in gate(contestant, trial.case) if not ok]:
             yield row | {"refused": red}
             return
-        calls = phase_calls([bind(contestant, inputs) for inputs in _sets(trial.case)], trial.phase)
+        calls = phase_calls(
+            [bind(contestant, inputs) for inputs in run.keep(trial.case, functools.partial(_sets, trial.case))], trial.phase
+        )
         timing = by_graph(calls, stream, SAMPLE) if stream else by_clock(calls, run.device, 0.0, least=1)
         yield row | timing.row() | {"tflops": trial.case.work(trial.phase)[0] / timing.median / 1e12}
