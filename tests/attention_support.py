@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora.encoders.packing import Sequences
 
 HEADS = 2
+NO_WHEEL = "no xformers: the dev extra has it where it has a wheel, on Linux with an x86 CPU"
 
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -56,6 +57,21 @@ def reference_pooled(q: Tensor, kv: Tensor, sequences: Sequences) -> Tensor:
             for row, (start, end) in zip(q, bounds(sequences), strict=True)
         ]
     )
+
+
+def reads(sequences: Sequences) -> Tensor:
+    """(rows, rows), whether a row reads another: what the docstring of Sequences says, as a dense mask."""
+    prefix, body, readers = sequences.prefix, sequences.body, sequences.readers
+    mask = torch.zeros(prefix + body + readers, prefix + body + readers, dtype=torch.bool)
+    mask[:, :prefix] = True
+    mask[:prefix, :prefix].tril_()
+    for place, (start, end) in enumerate(bounds(sequences)):
+        mask[start:end, start:end] = True
+        if sequences.causal:
+            mask[start:end, start:end].tril_()
+        if readers:
+            mask[prefix + body + place, start:end] = True
+    return mask
 
 
 def make(runs: tuple[tuple[int, int], ...], causal: bool, prefix: int, readers: bool) -> Sequences:

@@ -1,7 +1,12 @@
-"""Attention over packed rows and the packing itself, on every kernel: those of a GPU stand in as their documented meaning."""
+"""Attention over packed rows and the packing itself, on every kernel: those of a GPU stand in as their documented meaning.
+
+xformers' masks are its own; tests/test_encoders_xformers.py asks the real package whether it takes what we hand over.
+"""
 
 from __future__ import annotations
 
+import inspect
+import math
 import sys
 import types
 from typing import Any
@@ -12,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_support import CASES, HEADS, bounds, make, one_sequence, reference, reference_pooled
+from attention_support import CASES, HEADS, NO_WHEEL, bounds, make, one_sequence, reference, reference_pooled
 from fastlora.encoders import attention, packing
 from fastlora.encoders.packing import Sequences
 from fastlora.testing import assert_within_budget
 
 WIDTH = 16
-KERNELS = ["cpu", "sdpa", "varlen", "xformers"]
 
 
 def fake_varlen(
@@ -34,48 +38,42 @@ def fake_varlen(
     return torch.cat([one_sequence(*qkv, window_size == (-1, 0)) for qkv in zip(q, k, v, strict=True)]).view_as(query)
 
 
-class FakeMask:
-    """xformers' BlockDiagonalMask: lengths of queries and keys, and whether causal from the bottom right."""
-
-    def __init__(self, q: list[int], k: list[int], causal: bool = False) -> None:
-        self.q, self.k, self.causal = q, k, causal
-
-    @classmethod
-    def from_seqlens(cls, q: list[int], k: list[int], *, device: torch.device) -> FakeMask:
-        return cls(q, k)
-
-    def make_causal_from_bottomright(self) -> FakeMask:
-        return FakeMask(self.q, self.k, True)
-
-
-def fake_efficient(query: Tensor, key: Tensor, value: Tensor, attn_bias: FakeMask) -> Tensor:
-    q, k, v = (t[0].flatten(1).split(lengths) for t, lengths in
-               ((query, attn_bias.q), (key, attn_bias.k), (value, attn_bias.k)))  # fmt: skip
-    return torch.cat([one_sequence(*qkv, attn_bias.causal) for qkv in zip(q, k, v, strict=True)]).view_as(query)
-
-
 @pytest.fixture(autouse=True)
-def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the two kernels that need a GPU."""
-    varlen: Any = types.ModuleType("torch.nn.attention.varlen")
-    varlen.varlen_attn = fake_varlen
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
-    ops: Any = types.ModuleType("xformers.ops")
-    ops.memory_efficient_attention = fake_efficient
-    bias: Any = types.ModuleType("xformers.ops.fmha.attn_bias")
-    bias.BlockDiagonalMask = FakeMask
-    for name, module in (("xformers.ops", ops), ("xformers.ops.fmha.attn_bias", bias)):
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("xformers", "xformers.ops.fmha"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    attention._block_mask.cache_clear()
+def varlen_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = fake_varlen
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+
+
+@pytest.fixture
+def dense_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What xformers documents of its attention, by its own masks made dense: it has no kernel for a CPU."""
+    ops = pytest.importorskip("xformers.ops", reason=NO_WHEEL)
+    signature = inspect.signature(ops.memory_efficient_attention)
+
+    def attend(*args: Any, **named: Any) -> Tensor:
+        given = signature.bind(*args, **named).arguments
+        inputs = ops.fmha.Inputs(**given)  # refuses what the real function has no such argument for
+        inputs.validate_inputs()
+        q, k, v = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+        mask = inputs.attn_bias.materialize((q.shape[2], k.shape[2]), q.dtype)
+        return ((q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1) @ v).transpose(1, 2)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", attend)
+
+
+@pytest.fixture(params=["cpu", "sdpa", "varlen", "xformers"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kernel in turn, chosen for every tensor."""
+    if request.param == "xformers":
+        request.getfixturevalue("dense_xformers")
+    monkeypatch.setattr(attention, "kernel", lambda x: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("chosen", KERNELS)
 @pytest.mark.parametrize("sequences", CASES.values(), ids=CASES)
-def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "kernel", lambda x: chosen)
+def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     rows = sequences.prefix + sequences.body + sequences.readers
     qkv, dy = torch.randn(rows, 3 * WIDTH).to(dtype), torch.randn(rows, WIDTH).to(dtype)
@@ -89,12 +87,10 @@ def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype, monkeypat
     assert_within_budget(run(dtype, True), run(dtype, False), run(torch.float64, False), dtype)
 
 
-@pytest.mark.parametrize("chosen", KERNELS)
 @pytest.mark.parametrize(
     "sequences", [s for s in CASES.values() if not s.readers], ids=[n for n in CASES if "readers" not in n]
 )
-def test_attend_pooled(sequences: Sequences, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "kernel", lambda x: chosen)
+def test_attend_pooled(sequences: Sequences, chosen: str) -> None:
     torch.manual_seed(0)
     q = torch.randn(sequences.count, WIDTH, dtype=torch.float64, requires_grad=True)
     kv = torch.randn(sequences.prefix + sequences.body, 2 * WIDTH, dtype=torch.float64, requires_grad=True)

@@ -36,7 +36,7 @@ def attend(qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
     width = qkv.shape[1] // 3
     if sequences.readers:
         own, readers = qkv.split([len(qkv) - sequences.readers, sequences.readers])
-        inner = Sequences(sequences.runs, sequences.causal, sequences.prefix, 0, sequences.offsets)
+        inner = Sequences(sequences.runs, sequences.causal, sequences.prefix, 0, sequences.offsets, sequences.masks)
         read = attend_pooled(readers[:, :width], own[:, width:], heads, inner)
         return torch.cat([attend(own, heads, inner), read])
     if kernel(qkv) == "cpu":
@@ -147,19 +147,22 @@ def _xformers(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequence
 
     keys, _, _ = _with_prefix(kv, prefix, sequences)
     k, v = keys.unflatten(1, (2, heads, -1)).unbind(1)
-    mask = _block_mask(sequences.runs, 0 if prefix is None else len(prefix), sequences.causal, pooled, q.device)
+    mask = _block_mask(sequences, 0 if prefix is None else len(prefix), pooled, q.device)
     return memory_efficient_attention(q.unflatten(1, (heads, -1))[None], k[None], v[None], attn_bias=mask)[0].flatten(1)
 
 
-@functools.lru_cache(maxsize=16)
-def _block_mask(runs: tuple[tuple[int, int], ...], first: int, causal: bool, pooled: bool, device: torch.device) -> Any:
-    """xformers' mask of these sequences: made once, as all layers share it."""
+def _block_mask(sequences: Sequences, first: int, pooled: bool, device: torch.device) -> Any:
+    """xformers' mask of these sequences after `first` rows of prefix: made once, as all layers share it."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    lengths = [length for count, length in runs for _ in range(count)]
-    queries = [1] * len(lengths) if pooled else lengths
-    mask = BlockDiagonalMask.from_seqlens(queries, [first + length for length in lengths], device=device)
-    return mask.make_causal_from_bottomright() if causal and not pooled else mask
+    key = (first, pooled, device)
+    if key not in sequences.masks:
+        lengths = [length for count, length in sequences.runs for _ in range(count)]
+        queries = [1] * len(lengths) if pooled else lengths
+        mask = BlockDiagonalMask.from_seqlens(queries, [first + length for length in lengths], device=device)
+        causal = sequences.causal and not pooled
+        sequences.masks[key] = mask.make_causal_from_bottomright() if causal else mask
+    return sequences.masks[key]
 
 
 class _AttendOnCPU(torch.autograd.Function):
