@@ -7,6 +7,8 @@ its dispatch runs on fake tensors, which have a device and a shape but no number
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from attention_support import CASES, NO_WHEEL, make, reads
 from fastlora.encoders import attention
 from fastlora.encoders.packing import Sequences
+from waiting import HANG
 
 ops = pytest.importorskip("xformers.ops", reason=NO_WHEEL)
 fmha = ops.fmha
@@ -147,6 +150,37 @@ def on_gpu(sequences: Sequences) -> Sequences:
     return dataclasses.replace(sequences, offsets=sequences.offsets.to(GPU), masks={})
 
 
+@pytest.mark.parametrize(
+    ("capability", "built", "dtype", "want"),
+    [
+        (TURING, True, torch.float16, "xformers"),
+        (TURING, True, torch.bfloat16, "sdpa"),
+        (TURING, False, torch.float16, "sdpa"),
+        (AMPERE, True, torch.bfloat16, "varlen"),
+    ],
+    ids=["sm_75", "sm_75 has no bf16", "built for another CUDA", "sm_80 has varlen"],
+)
+def test_kernel(gpu: Callable[..., None], capability: tuple[int, int], built: bool, dtype: torch.dtype, want: str) -> None:
+    """xformers serves where it runs, which is not everywhere that it is installed."""
+    gpu(capability, built)
+    assert attention.kernel(torch.empty(0, dtype=dtype, device=GPU)) == want
+
+
+def test_kernel_without_a_backward(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is kept, so it holds for training though it was asked for without gradients."""
+    gpu(TURING)
+    monkeypatch.setattr(fmha.cutlass.BwOp, "SUPPORTED_DTYPES", set())
+    with torch.inference_mode():
+        assert attention.kernel(torch.empty(0, dtype=torch.float16, device=GPU)) == "sdpa"
+
+
+def test_kernel_without_an_xformers_that_imports(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises ImportError beside a flash-attn that it does not know."""
+    gpu(TURING)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert attention.kernel(torch.empty(0, dtype=torch.float16, device=GPU)) == "sdpa"
+
+
 @HEAD
 @POOLED
 @pytest.mark.parametrize(
@@ -168,3 +202,16 @@ def test_dispatch(
         assert (out.shape, out.dtype, out.device) == (q.shape, dtype, GPU)
         gradients = fmha.memory_efficient_attention_backward(torch.empty_like(out), out, lse, q, k, v, mask)
         assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_encoders_on_a_cpu_leave_it_alone() -> None:
+    """Importing it takes seconds, and it logs a line where its kernels are for another CUDA than torch's."""
+    code = (
+        "import sys, torch, fastlora, fastlora.mini\n"
+        "model = fastlora.mini.build()\n"
+        "tokens = torch.tensor([[1] * (model.context_length - 1) + [2]] * 2)\n"
+        "fastlora.encode_text(model, tokens), fastlora.encode_image(model, torch.rand(2, 3, *model.visual.image_size))\n"
+        "print('xformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=HANG)
+    assert (done.stdout, done.stderr) == ("False\n", "")

@@ -69,11 +69,29 @@ def attend_pooled(q: Tensor, kv: Tensor, heads: int, sequences: Sequences) -> Te
 
 
 @functools.cache
-def _gpu_kernel(device: torch.device) -> str:
+def _gpu_kernel(device: torch.device, dtype: torch.dtype) -> str:
     flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     if flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         return "varlen"
-    return "xformers" if importlib.util.find_spec("xformers") is not None else "sdpa"
+    return "xformers" if _xformers_runs(device, dtype) else "sdpa"
+
+
+def _xformers_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether xformers has kernels for this GPU and dtype, forward and backward: that it is installed does not say so.
+
+    A wheel built for another CUDA than torch's imports all the same, with a log line, and its operators then refuse every GPU;
+    none takes bf16 before sm_80.
+    """
+    if importlib.util.find_spec("xformers") is None:
+        return False
+    with torch.inference_mode(False), torch.enable_grad():  # with a gradient to come, it looks for a backward at once
+        x = torch.zeros(3, 64, dtype=dtype, device=device, requires_grad=True)
+        sequences = Sequences(((1, 1), (1, 2)), causal=True, offsets=torch.tensor([0, 1, 3], device=device, dtype=torch.int32))
+        try:
+            _xformers(x, torch.cat([x, x], 1), None, 1, sequences, False)
+        except (ImportError, NotImplementedError):  # a torch or flash-attn that it does not know; no operator
+            return False
+    return True
 
 
 def kernel(x: Tensor) -> str:
@@ -83,7 +101,7 @@ def kernel(x: Tensor) -> str:
     if x.device.type == "cpu":
         return "cpu"
     if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
-        return _gpu_kernel(x.device)
+        return _gpu_kernel(x.device, x.dtype)
     return "sdpa"
 
 
