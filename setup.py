@@ -22,7 +22,7 @@ DEPENDENCIES = [
     "pyyaml",  # the grids of `fastlora sweep`
 ]
 EXTRAS = {
-    "xformers": ["xformers"],
+    "xformers": ["xformers>=0.0.35"],  # the first that does not pin a torch older than ours
     "transformers": ["transformers"],
     "timm": ["timm"],
     "peft": ["peft"],
@@ -33,6 +33,8 @@ EXTRAS = {
 }
 # what the tests hold the library against: the suite runs with every host and every format
 EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "datasets", "parquet") for name in EXTRAS[extra]]
+# on Linux its wheels are for x86 alone; elsewhere pip would compile it, against a torch that its build does not see
+EXTRAS["dev"] += [f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in EXTRAS["xformers"]]
 
 setup(
     name="fastlora",

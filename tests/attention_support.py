@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import types
@@ -11,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.encoders import attention
 from fastlora.encoders.packing import Sequences
 
 HEADS = 2
+NO_WHEEL = "no xformers: the dev extra has it where it has a wheel, on Linux with an x86 CPU"
 
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -63,6 +64,21 @@ def reference_pooled(q: Tensor, kv: Tensor, sequences: Sequences) -> Tensor:
     )
 
 
+def reads(sequences: Sequences) -> Tensor:
+    """(rows, rows), whether a row reads another: what the docstring of Sequences says, as a dense mask."""
+    prefix, body, readers = sequences.prefix, sequences.body, sequences.readers
+    mask = torch.zeros(prefix + body + readers, prefix + body + readers, dtype=torch.bool)
+    mask[:, :prefix] = True
+    mask[:prefix, :prefix].tril_()
+    for place, (start, end) in enumerate(bounds(sequences)):
+        mask[start:end, start:end] = True
+        if sequences.causal:
+            mask[start:end, start:end].tril_()
+        if readers:
+            mask[prefix + body + place, start:end] = True
+    return mask
+
+
 def make(runs: tuple[tuple[int, int], ...], causal: bool, prefix: int, readers: bool) -> Sequences:
     count = sum(c for c, _ in runs)
     offsets = torch.tensor([length for c, length in runs for _ in range(c)]).cumsum(0)
@@ -94,37 +110,23 @@ def fake_varlen(
     return torch.cat([one_sequence(*qkv, window_size == (-1, 0)) for qkv in zip(q, k, v, strict=True)]).view_as(query)
 
 
-class FakeMask:
-    """xformers' BlockDiagonalMask: lengths of queries and keys, and whether causal from the bottom right."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Put what "varlen" or "xformers" is documented to do in its place: neither has a kernel for a CPU."""
+    if kernel == "varlen":
+        module: Any = types.ModuleType("torch.nn.attention.varlen")
+        module.varlen_attn = fake_varlen
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+        return
+    ops = pytest.importorskip("xformers.ops", reason=NO_WHEEL)
+    signature = inspect.signature(ops.memory_efficient_attention)
 
-    def __init__(self, q: list[int], k: list[int], causal: bool = False) -> None:
-        self.q, self.k, self.causal = q, k, causal
+    def attend(*args: Any, **named: Any) -> Tensor:
+        """By xformers' own masks made dense."""
+        given = signature.bind(*args, **named).arguments
+        inputs = ops.fmha.Inputs(**given)  # refuses what the real function has no such argument for
+        inputs.validate_inputs()
+        q, k, v = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
+        mask = inputs.attn_bias.materialize((q.shape[2], k.shape[2]), q.dtype)
+        return ((q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1) @ v).transpose(1, 2)
 
-    @classmethod
-    def from_seqlens(cls, q: list[int], k: list[int], *, device: torch.device) -> FakeMask:
-        return cls(q, k)
-
-    def make_causal_from_bottomright(self) -> FakeMask:
-        return FakeMask(self.q, self.k, True)
-
-
-def fake_efficient(query: Tensor, key: Tensor, value: Tensor, attn_bias: FakeMask) -> Tensor:
-    q, k, v = (t[0].flatten(1).split(lengths) for t, lengths in
-               ((query, attn_bias.q), (key, attn_bias.k), (value, attn_bias.k)))  # fmt: skip
-    return torch.cat([one_sequence(*qkv, attn_bias.causal) for qkv in zip(q, k, v, strict=True)]).view_as(query)
-
-
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put what these kernels are documented to do in the place of the two that need a GPU."""
-    varlen: Any = types.ModuleType("torch.nn.attention.varlen")
-    varlen.varlen_attn = fake_varlen
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
-    ops: Any = types.ModuleType("xformers.ops")
-    ops.memory_efficient_attention = fake_efficient
-    bias: Any = types.ModuleType("xformers.ops.fmha.attn_bias")
-    bias.BlockDiagonalMask = FakeMask
-    for name, module in (("xformers.ops", ops), ("xformers.ops.fmha.attn_bias", bias)):
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("xformers", "xformers.ops.fmha"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    attention._block_mask.cache_clear()
+    monkeypatch.setattr(ops, "memory_efficient_attention", attend)

@@ -1,4 +1,7 @@
-"""Attention over packed rows and the packing itself, on every kernel: those of a GPU stand in as their documented meaning."""
+"""Attention over packed rows and the packing itself, on every kernel: those of a GPU stand in as their documented meaning.
+
+xformers' masks are its own; tests/test_encoders_xformers.py asks the real package whether it takes what we hand over.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_support import CASES, HEADS, bounds, make, reference, reference_pooled, stand_ins
+from attention_support import CASES, HEADS, bounds, make, reference, reference_pooled, stand_in
 from fastlora.encoders import attention, packing
 from fastlora.encoders.packing import Sequences
 from fastlora.testing import assert_within_budget
 
 WIDTH = 16
-KERNELS = ["cpu", "sdpa", "varlen", "xformers"]
 
 
-@pytest.fixture(autouse=True)
-def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_ins(monkeypatch)
+@pytest.fixture(params=["cpu", "sdpa", "varlen", "xformers"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kernel in turn, chosen for every tensor."""
+    if request.param in ("varlen", "xformers"):
+        stand_in(monkeypatch, request.param)
+    monkeypatch.setattr(attention, "kernel", lambda x: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("chosen", KERNELS)
 @pytest.mark.parametrize("sequences", CASES.values(), ids=CASES)
-def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "kernel", lambda x: chosen)
+def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     rows = sequences.prefix + sequences.body + sequences.readers
     qkv, dy = torch.randn(rows, 3 * WIDTH).to(dtype), torch.randn(rows, WIDTH).to(dtype)
@@ -40,12 +44,10 @@ def test_attend(sequences: Sequences, chosen: str, dtype: torch.dtype, monkeypat
     assert_within_budget(run(dtype, True), run(dtype, False), run(torch.float64, False), dtype)
 
 
-@pytest.mark.parametrize("chosen", KERNELS)
 @pytest.mark.parametrize(
     "sequences", [s for s in CASES.values() if not s.readers], ids=[n for n in CASES if "readers" not in n]
 )
-def test_attend_pooled(sequences: Sequences, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "kernel", lambda x: chosen)
+def test_attend_pooled(sequences: Sequences, chosen: str) -> None:
     torch.manual_seed(0)
     q = torch.randn(sequences.count, WIDTH, dtype=torch.float64, requires_grad=True)
     kv = torch.randn(sequences.prefix + sequences.body, 2 * WIDTH, dtype=torch.float64, requires_grad=True)

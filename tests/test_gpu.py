@@ -86,7 +86,7 @@ def test_every_replay_of_a_graph_is_a_plain_call(dtype: torch.dtype, precision: 
 @pytest.mark.parametrize("kernel", ["varlen", "xformers"])
 def test_attention_over_packed_rows(kernel: str, dtype: torch.dtype) -> None:
     """With and without a shared prefix, pooled or not."""
-    if why := missing(kernel):
+    if why := missing(kernel, GPU):
         pytest.skip(why)
     attention(GPU, kernel, dtype)
 

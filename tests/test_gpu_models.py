@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attention_support
-from attention_support import stand_ins
+from attention_support import NO_WHEEL, stand_in
 from fastlora.encoders import attention as ours
 from gpu import step_check
 from gpu.attention_checks import attention, missing
@@ -29,14 +29,13 @@ class TestAttention:
 
     @pytest.mark.parametrize("kernel", ["varlen", "xformers"])
     def test_stand_ins(self, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        stand_ins(monkeypatch)
+        stand_in(monkeypatch, kernel)
         assert attention(CPU, kernel, torch.float32, **SMALL)["kernel"] == kernel
 
-    @pytest.mark.parametrize("kernel", ["varlen", "xformers"])
     @pytest.mark.parametrize(("fault", "where"), [("not causal", "prompts"), ("top left", "prompts with a shared prefix")])
-    def test_a_wrong_window(self, fault: str, where: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_wrong_window(self, fault: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The diagonal at the top left is right where keys are as many as queries: not behind a shared prefix."""
-        stand_ins(monkeypatch)
+        stand_in(monkeypatch, "varlen")
         right = attention_support.one_sequence
 
         def one_sequence(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -45,12 +44,25 @@ class TestAttention:
             return right(q, k, v, False)
 
         monkeypatch.setattr(attention_support, "one_sequence", one_sequence)
-        with pytest.raises(AssertionError, match=rf"{kernel} attention in torch.float32 is wrong over {where}: y: got"):
-            attention(CPU, kernel, torch.float32, **SMALL)
+        with pytest.raises(AssertionError, match=rf"varlen attention in torch\.float32 is wrong over {where}: y: got"):
+            attention(CPU, "varlen", torch.float32, **SMALL)
+
+    @pytest.mark.parametrize(("fault", "where"), [("not causal", "prompts"), ("top left", "prompts with a shared prefix")])
+    def test_a_wrong_mask(self, fault: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same faults in what xformers is handed."""
+        stand_in(monkeypatch, "xformers")
+        masks = pytest.importorskip("xformers.ops.fmha.attn_bias", reason=NO_WHEEL)
+
+        def wrong(self: Any) -> Any:
+            return self if fault == "not causal" else self.make_causal()
+
+        monkeypatch.setattr(masks.BlockDiagonalMask, "make_causal_from_bottomright", wrong)
+        with pytest.raises(AssertionError, match=rf"xformers attention in torch\.float32 is wrong over {where}: y: got"):
+            attention(CPU, "xformers", torch.float32, **SMALL)
 
     def test_a_wrong_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of v alone, behind a forward that is right."""
-        stand_ins(monkeypatch)
+        stand_in(monkeypatch, "varlen")
         right = ours._varlen
 
         def varlen(q: Tensor, kv: Tensor, *rest: Any) -> Tensor:
@@ -62,17 +74,20 @@ class TestAttention:
             attention(CPU, "varlen", torch.float32, **SMALL)
 
     def test_a_kernel_that_is_not_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stand_ins(monkeypatch)
+        stand_in(monkeypatch, "varlen")
         with pytest.raises(AssertionError, match="varlen attention was never asked over prompts"):
             attention(CPU, "varlen", torch.float32, **SMALL | {"head": 6})
 
     def test_what_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert missing("xformers") == "xformers needs a GPU"
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert missing("varlen") is None
+        assert missing("xformers", CPU) == "xformers needs a GPU"
+        gpu = torch.device("cuda", 0)
+        assert missing("varlen", gpu) is None
+        for runs, words in ((True, None), (False, "xformers refuses this GPU: it was built for another CUDA than torch 2")):
+            monkeypatch.setattr(ours, "_xformers_runs", lambda device, dtype, runs=runs: runs)
+            found = missing("xformers", gpu)
+            assert found is None if words is None else str(found).startswith(words)
         monkeypatch.setattr("gpu.attention_checks._MODULES", {"xformers": "not_here.ops"})
-        assert missing("xformers") == "not_here.ops is not installed"
+        assert missing("xformers", gpu) == "not_here.ops is not installed"
 
 
 class TestCapturedStep:

@@ -21,15 +21,19 @@ __all__ = ["attention", "missing"]
 _MODULES = {"varlen": "torch.nn.attention.varlen", "xformers": "xformers.ops"}
 
 
-def missing(kernel: str) -> str | None:
-    """Why "varlen" or "xformers" cannot run here, or None."""
-    if not torch.cuda.is_available():
+def missing(kernel: str, device: torch.device) -> str | None:
+    """Why "varlen" or "xformers" cannot run in half precision on a device, or None."""
+    if device.type != "cuda":
         return f"{kernel} needs a GPU"
     try:
         found = importlib.util.find_spec(_MODULES[kernel])
     except ModuleNotFoundError:  # the package that it would be in
         found = None
-    return None if found else f"{_MODULES[kernel]} is not installed"
+    if not found:
+        return f"{_MODULES[kernel]} is not installed"
+    if kernel == "xformers" and not ours._xformers_runs(device, torch.float16):
+        return f"xformers refuses this GPU: it was built for another CUDA than torch {torch.__version__}, or for other GPUs"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

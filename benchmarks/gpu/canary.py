@@ -87,7 +87,7 @@ def _attention_kinds(device: str) -> list[tuple[str, torch.dtype]]:
 
 
 def _attention(kernel: str, dtype: torch.dtype, smoke: bool, run: Run) -> Iterator[Row]:
-    if run.device.type == "cuda" and (reason := missing(kernel)) is not None:
+    if run.device.type == "cuda" and (reason := missing(kernel, run.device)) is not None:
         yield {"row": "check", "skipped": reason}
         return
     sizes: dict[str, Any] = {"prompts": 6, "images": 2, "tokens": 5, "prefix": 2, "heads": (2, 2), "head": 8} if smoke else {}

@@ -36,7 +36,7 @@ def attend(qkv: Tensor, heads: int, sequences: Sequences) -> Tensor:
     width = qkv.shape[1] // 3
     if sequences.readers:
         own, readers = qkv.split([len(qkv) - sequences.readers, sequences.readers])
-        inner = Sequences(sequences.runs, sequences.causal, sequences.prefix, 0, sequences.offsets)
+        inner = Sequences(sequences.runs, sequences.causal, sequences.prefix, 0, sequences.offsets, sequences.masks)
         read = attend_pooled(readers[:, :width], own[:, width:], heads, inner)
         return torch.cat([attend(own, heads, inner), read])
     if kernel(qkv) == "cpu":
@@ -69,11 +69,29 @@ def attend_pooled(q: Tensor, kv: Tensor, heads: int, sequences: Sequences) -> Te
 
 
 @functools.cache
-def _gpu_kernel(device: torch.device) -> str:
+def _gpu_kernel(device: torch.device, dtype: torch.dtype) -> str:
     flash = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     if flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
         return "varlen"
-    return "xformers" if importlib.util.find_spec("xformers") is not None else "sdpa"
+    return "xformers" if _xformers_runs(device, dtype) else "sdpa"
+
+
+def _xformers_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether xformers has kernels for this GPU and dtype, forward and backward: that it is installed does not say so.
+
+    A wheel built for another CUDA than torch's imports all the same, with a log line, and its operators then refuse every GPU;
+    none takes bf16 before sm_80.
+    """
+    if importlib.util.find_spec("xformers") is None:
+        return False
+    with torch.inference_mode(False), torch.enable_grad():  # with a gradient to come, it looks for a backward at once
+        x = torch.zeros(3, 64, dtype=dtype, device=device, requires_grad=True)
+        sequences = Sequences(((1, 1), (1, 2)), causal=True, offsets=torch.tensor([0, 1, 3], device=device, dtype=torch.int32))
+        try:
+            _xformers(x, torch.cat([x, x], 1), None, 1, sequences, False)
+        except (ImportError, NotImplementedError):  # a torch or flash-attn that it does not know; no operator
+            return False
+    return True
 
 
 def kernel(x: Tensor) -> str:
@@ -83,7 +101,7 @@ def kernel(x: Tensor) -> str:
     if x.device.type == "cpu":
         return "cpu"
     if x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16):
-        return _gpu_kernel(x.device)
+        return _gpu_kernel(x.device, x.dtype)
     return "sdpa"
 
 
@@ -147,19 +165,22 @@ def _xformers(q: Tensor, kv: Tensor, prefix: Tensor | None, heads: int, sequence
 
     keys, _, _ = _with_prefix(kv, prefix, sequences)
     k, v = keys.unflatten(1, (2, heads, -1)).unbind(1)
-    mask = _block_mask(sequences.runs, 0 if prefix is None else len(prefix), sequences.causal, pooled, q.device)
+    mask = _block_mask(sequences, 0 if prefix is None else len(prefix), pooled, q.device)
     return memory_efficient_attention(q.unflatten(1, (heads, -1))[None], k[None], v[None], attn_bias=mask)[0].flatten(1)
 
 
-@functools.lru_cache(maxsize=16)
-def _block_mask(runs: tuple[tuple[int, int], ...], first: int, causal: bool, pooled: bool, device: torch.device) -> Any:
-    """xformers' mask of these sequences: made once, as all layers share it."""
+def _block_mask(sequences: Sequences, first: int, pooled: bool, device: torch.device) -> Any:
+    """xformers' mask of these sequences after `first` rows of prefix: made once, as all layers share it."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    lengths = [length for count, length in runs for _ in range(count)]
-    queries = [1] * len(lengths) if pooled else lengths
-    mask = BlockDiagonalMask.from_seqlens(queries, [first + length for length in lengths], device=device)
-    return mask.make_causal_from_bottomright() if causal and not pooled else mask
+    key = (first, pooled, device)
+    if key not in sequences.masks:
+        lengths = [length for count, length in sequences.runs for _ in range(count)]
+        queries = [1] * len(lengths) if pooled else lengths
+        mask = BlockDiagonalMask.from_seqlens(queries, [first + length for length in lengths], device=device)
+        causal = sequences.causal and not pooled
+        sequences.masks[key] = mask.make_causal_from_bottomright() if causal else mask
+    return sequences.masks[key]
 
 
 class _AttendOnCPU(torch.autograd.Function):

@@ -7,6 +7,7 @@ the mask does not depend on how a batch is packed, trimmed, ordered or sharded.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Sequences:
         prefix: number of rows that every sequence reads before its own.
         readers: number of reader rows, 0 or one for each sequence.
         offsets: int32 (count + 1,), where each sequence starts, without prefix; for attention kernels on a GPU.
+        masks: what xformers made of them, kept as long as the offsets are: a captured CUDA graph goes on reading both.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -35,6 +37,7 @@ class Sequences:
     prefix: int = 0
     readers: int = 0
     offsets: Tensor | None = None
+    masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
