@@ -58,6 +58,7 @@ class Item:
         needs: the kernels that it starts.
         calls: how often it makes the calls of `needs`.
         strict: whether it is not done where a kernel did not compile, or may race.
+        spare: whether its part counts as finished without it.
         about: what all of its rows say, whatever comes of it: case and contestant.
     """
 
@@ -68,6 +69,7 @@ class Item:
     needs: tuple[Needed, ...] = ()
     calls: int = 0
     strict: bool = False
+    spare: bool = False
     about: Row = dataclasses.field(default_factory=dict)
 
     @property
