@@ -55,6 +55,14 @@ class TestGraphForm:
         losses(second, STEPS - 3)
         assert torch.equal(second.history, whole)
 
+    def test_fewer_steps_are_left_than_the_warm_up_takes(self) -> None:
+        """A whole run of one step, and the last one of a run that was resumed: on a GPU an index too far loses the context."""
+        assert torch.equal(losses(replayed(iterations=1), 1), losses(loop(fill=True, iterations=1), 1))
+        whole, resumed = losses(loop(fill=True)), loop(fill=True)
+        losses(resumed, STEPS - 1)
+        resumed._run = graphed(resumed._step, resumed.inputs(STEPS - 1), lambda step: step)
+        assert torch.equal(losses(resumed, 1), whole[-1:])
+
     def test_a_step_reads_the_same_tensors_every_time(self) -> None:
         made = loop(fill=True)
         seen = [made.inputs(step) for step in range(4)]

@@ -122,8 +122,7 @@ def compiled(step: TrainStep, inputs: Inputs) -> Engine:
     """`step` with its loss compiled; two steps are tried, as the second finds what the first computed once and kept."""
     step.loss = torch.compile(step._loss, dynamic=False)
     with untouched(step):
-        for _ in range(2):
-            step(inputs)
+        _try(step, inputs, 2)
     return step
 
 
@@ -145,16 +144,21 @@ def graphed(step: TrainStep, inputs: Inputs, capture: Callable[[Callable[[], Non
     return engine
 
 
+def _try(step: TrainStep, inputs: Inputs, times: int) -> None:
+    """Take a run's first step so many times: a run may have fewer steps, and an index beyond them loses the GPU."""
+    for _ in range(times):
+        step.counter.zero_()
+        step(inputs)
+
+
 def _warm_up(step: TrainStep, inputs: Inputs) -> None:
     if inputs.rows.device.type != "cuda":
-        for _ in range(WARM_UP):
-            step(inputs)
+        _try(step, inputs, WARM_UP)
         return
     side = torch.cuda.Stream(inputs.rows.device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step(inputs)
+        _try(step, inputs, WARM_UP)
     torch.cuda.current_stream().wait_stream(side)
 
 
