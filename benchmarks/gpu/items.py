@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastlora.kernels.launch import Launch
 
-    from .run import Run
-
 __all__ = ["CANARY", "PARTS", "Item", "Needed", "Row"]
 
 Row = dict[str, Any]
@@ -54,7 +52,7 @@ class Item:
         part: a key of PARTS.
         name: what it is, unique in its part.
         seconds: what it is expected to take on an H100, its kernels compiled.
-        work: yields its rows, each of which is on disk before the next is computed.
+        work: given the run, yields its rows, each of which is on disk before the next is computed.
         needs: the kernels that it starts.
         calls: how often it makes the calls of `needs`.
         strict: whether it is not done where a kernel did not compile, or may race.
@@ -65,7 +63,7 @@ class Item:
     part: str
     name: str
     seconds: float
-    work: Callable[[Run], Iterable[Row]]
+    work: Callable[[Any], Iterable[Row]]
     needs: tuple[Needed, ...] = ()
     calls: int = 0
     strict: bool = False
