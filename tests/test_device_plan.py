@@ -102,11 +102,15 @@ def test_tests_are_stopped_at_the_limit_and_counted(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(suite.subprocess, "Popen", Limited)
     here: Any = Left()
     (row,) = suite.run_tests("gpu", 7.0, here)
-    assert (row["passed"], row["failed"], row["ending"]) == (1, 1, "stopped at the limit") and "refused" in row
+    assert (row["counts"]["passed"], row["counts"]["failed"], row["ending"]) == (
+        1,
+        1,
+        "stopped at the limit",
+    ) and "refused" in row
     assert "assert 1 == 2" in row["output"] and "test_y" not in row["output"]
     stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     wait(lambda: not stat.exists() or stat.read_text().split()[2] == "Z")
     (tmp_path / "tests" / "test_x.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_right(): pass\n")
     (tmp_path / "tests" / "test_z.py").unlink()
     (row,) = suite.run_tests("gpu", HANG, here)
-    assert row["passed"] == 1 and "refused" not in row
+    assert row["counts"]["passed"] == 1 and "refused" not in row

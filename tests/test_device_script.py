@@ -19,6 +19,8 @@ import torch
 import device
 from baselines import TRAINEES
 from bench_support import BENCHMARKS, names, without_interpreter
+from fastlora.bench.rows import read
+from fastlora.bench.tables import everything
 from gpu import plan, steps
 from gpu.history import rows_of
 from gpu.items import CANARY, PARTS
@@ -55,10 +57,11 @@ def test_every_part_at_tiny_size(parts: str, tmp_path: Path) -> None:
     output, found = run(tmp_path, "--parts", parts)
     items = plan.all_items(90, "cpu", True, parts)
     assert ended(found) == [item.key for item in items] and {item.part for item in items} == set(parts)
-    assert not [row for row in found if "refused" in row or row.get("failed")]
+    assert not [row for row in found if "refused" in row or "failed" in row]
     compiled = next(row for row in found if row["row"] == "ahead")
     assert compiled["wrong"] == 0 and (compiled["done"] == compiled["kernels"] > 0 or parts in ("c", "g"))
     assert "kernels to compile" in output and "the clock" in output and "not reached" not in output
+    assert isinstance(everything(read(tmp_path)), list)  # as `fastlora bench` shows them
     _, again = run(tmp_path, "--parts", parts)
     assert ended(again) == ended(found)
     match parts:
@@ -145,7 +148,7 @@ def end(item: str, **more: Any) -> dict[str, Any]:
         "row": "end",
         "item": item,
         "part": item[0],
-        "failed": False,
+        "ok": True,
         "seconds": 1.0,
         "expected_s": 1.0,
         "waited_s": 0.0,

@@ -81,7 +81,7 @@ def test_what_has_failed_comes_last(tmp_path: Path) -> None:
 
 def test_rows_of_another_gpu_or_source_settle_nothing(tmp_path: Path) -> None:
     for name, header in (("gpu", {"gpu": "A100", "tree": "abc"}), ("tree", {"gpu": "H100", "tree": "def"})):
-        Rows(tmp_path / f"{name}.jsonl", header).add({"row": "end", "item": "b: a", "failed": False})
+        Rows(tmp_path / f"{name}.jsonl", header).add({"row": "end", "item": "b: a", "ok": True})
     assert len(make(tmp_path).history.left([item("a")])) == 1
 
 
@@ -162,7 +162,7 @@ with open(path, "a") as file:
             file.write('{"row": "op", "half')
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        add(row="end", item=item, part="b", failed=False)
+        add(row="end", item=item, part="b", ok=True)
 """
 
 

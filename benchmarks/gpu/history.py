@@ -66,7 +66,7 @@ class History:
         """Take in a row of this GPU and source."""
         if row["row"] == "failed":
             self.failures[row["item"]] += 1
-        elif row["row"] == "end" and not row["failed"]:
+        elif row["row"] == "end" and row["ok"]:
             self.ended.add(row["item"])
         elif row["row"] == "bits":
             self.first_bits.setdefault(row["case"], row)

@@ -124,7 +124,7 @@ def _do(run: Run, item: Item) -> None:
                 run.add({"row": "failed", **about, "failed": repr(error)[:2000], **broke})
     seconds = {"seconds": time.monotonic() - started, "expected_s": item.seconds, "waited_s": waited}
     clock = {name: round(value, 3) for name, value in seconds.items()}
-    run.add({"row": "end", **about, "failed": failed, **clock, "compiled_late": len(late)})
+    run.add({"row": "end", **about, "ok": not failed, **clock, "compiled_late": len(late)})
     if run.device.type == "cuda" and not run.broken:
         gc.collect()
         torch.cuda.empty_cache()

@@ -81,7 +81,14 @@ def run_tests(which: str, limit: float, run: Run) -> Iterator[Row]:
     counts = {name.lower(): seen.count(name) for name in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     seconds = round(time.monotonic() - start, 1)
     said = f"{', '.join(f'{n} {name}' for name, n in counts.items())}; {ending}, {seconds} s"
-    row: Row = {"row": "tests", "which": which, **counts, "ending": ending, "seconds": seconds, "output": output[-20000:]}
+    row: Row = {
+        "row": "tests",
+        "which": which,
+        "counts": counts,
+        "ending": ending,
+        "seconds": seconds,
+        "output": output[-20000:],
+    }
     green = counts["failed"] == counts["error"] == 0 and counts["passed"] > 0
     if not green:
         print(output[-6000:], flush=True)

@@ -150,7 +150,7 @@ def _wrong(rows: list[Row]) -> str:
     """Each item that was refused, or failed."""
     lines = []
     for row in rows:
-        why = row.get("refused") or (row.get("failed") if row["row"] != "end" else None)
+        why = row.get("refused") or row.get("failed")
         if why:
             lines.append(f"  {row.get('item')}: {why if isinstance(why, str) else '; '.join(why)}")
     return "\n".join(["refused or failed:", *(_cut(line, 2 * WIDTH) for line in dict.fromkeys(lines))]) if lines else ""

@@ -88,7 +88,7 @@ def supervise(command: Sequence[str], path: Path, minutes: float) -> Watch:
         late = time.monotonic() > end
         if watch.current is not None:
             why = ended or f"its process ended with status {process.returncode}"
-            about: Row = {key: watch.current[key] for key in ("item", "part", "contestant") if key in watch.current}
+            about: Row = {key: value for key, value in watch.current.items() if key not in ("row", "expected_s")}
             watch.note({"row": "stopped", **about, "why": why} if late else {"row": "failed", **about, "failed": why})
             print(f"  {watch.current['item']}: {why}", flush=True)
             watch.current = None
