@@ -1,16 +1,19 @@
-"""Everything that matters of a GPU in fourteen minutes: are the kernels right, then how fast are they beside the best rivals.
+"""Fourteen minutes of a GPU: are the kernels right, and how fast are they?
 
-    python benchmarks/device.py --canary --out DIR   part a: at most 150 s; exit status 0 says go on
-    python benchmarks/device.py --rest --out DIR     parts b to i, in order of worth
-    python benchmarks/device.py --out DIR            both, the rest only after a green canary
-    python benchmarks/device.py --plan               what each part is expected to take; needs no GPU
-    python benchmarks/device.py --smoke --out DIR    every part at tiny size, on a CPU too
+    python benchmarks/device.py --canary --out DIR   part a, at most 150 s
+    python benchmarks/device.py --rest --out DIR     the others, in order of worth
+    python benchmarks/device.py --out DIR            both, if the canary is green
+    python benchmarks/device.py --plan               what each part takes; no GPU
+    python benchmarks/device.py --smoke --out DIR    tiny sizes, on a CPU too
 
-Each row is on disk as soon as it is known. A second call goes on where the first one stopped, or was killed: what rows in --out
-or in benchmarks/results/gpu settle, of the same GPU and the same source, is not measured again. An item that hangs, or takes
-its process or the CUDA context with it, costs its own row only. What was not reached is listed.
+Each row is on disk as soon as it is known, and what was not reached is listed.
+A second call goes on where the first one stopped, or was killed: what rows in
+--out or in benchmarks/results/gpu settle, of the same GPU and the same source,
+is not measured again. An item that hangs, or takes its process or the CUDA
+context with it, costs its own row only.
 
-Exit status: 0 all that was reached is right; 1 something is wrong; 2 it cannot run here; 3 the canary was not finished.
+Exit status: 0 all that was reached is right; 1 something is wrong; 2 it cannot
+run here; 3 the canary was not finished.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ RIGHT, WRONG, CANNOT, UNFINISHED = 0, 1, 2, 3
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = "\n".join(["parts:", *(f"  {part}  {title}" for part, title in PARTS.items())])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=parts, formatter_class=raw)
     parser.add_argument("--out", type=Path, help="folder for the raw rows (default: benchmarks/results/gpu)")
     parser.add_argument("--minutes", type=float, help="in all (default: 2.5 for the canary and 9.5 for the rest)")
     half = parser.add_mutually_exclusive_group()
