@@ -1,9 +1,9 @@
 """Fourteen minutes of a GPU: are the kernels right, and how fast are they?
 
     python benchmarks/device.py --canary --out DIR   part a, at most 150 s
-    python benchmarks/device.py --rest --out DIR     the others, in order of worth
-    python benchmarks/device.py --out DIR            both, if the canary is green
-    python benchmarks/device.py --plan               what each part takes; no GPU
+    python benchmarks/device.py --rest --out DIR     the other parts, by worth
+    python benchmarks/device.py --out DIR            both, if all is green
+    python benchmarks/device.py --plan               what each part takes
     python benchmarks/device.py --smoke --out DIR    tiny sizes, on a CPU too
 
 Each row is on disk as soon as it is known, and what was not reached is listed.
