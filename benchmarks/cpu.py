@@ -43,7 +43,7 @@ from steps import checked, in_turn, seconds_whole, side_by_side
 
 Row = dict[str, Any]
 OURS = ["fastlora", "fastlora, share_prefix", "fastlora, host's encoders"]
-EVERYONE = ["frozen", *OURS, "textbook", "the paper's arithmetic", "PEFT", "full fine-tuning"]
+EVERYONE = ["frozen", *OURS, "cuBLAS beta=1", "textbook", "the paper's arithmetic", "PEFT", "full fine-tuning"]
 PATCH_ALONE = "fastlora, host's encoders"
 MAIN = [name for name in EVERYONE if name != PATCH_ALONE]
 AGAIN = [*OURS[:2], "the paper's arithmetic"]

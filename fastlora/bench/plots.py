@@ -21,7 +21,7 @@ COLOURS = {
     OURS: "#1d4ed8", "fastlora eager": "#1d4ed8", "fastlora triton": "#1e3a8a", "fastlora, share_prefix": "#60a5fa",
     "fastlora, host's encoders": "#93c5fd", "fastlora, compiled": "#0e7490", FLOOR: "#94a3b8", "textbook": "#f59e0b",
     "torch.compile(textbook)": "#fbbf24", "the paper's arithmetic": "#dc2626", "dense ΔW": "#dc2626", "PEFT": "#c2410c",
-    "full fine-tuning": "#57534e",
+    "full fine-tuning": "#57534e", "cuBLAS beta=1": "#a16207",
 }  # fmt: skip
 MARKERS = {OURS: "o", FLOOR: "s", "textbook": "^", "the paper's arithmetic": "D"}
 
