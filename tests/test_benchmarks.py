@@ -249,6 +249,26 @@ def test_step_gate_refuses_what_is_wrong() -> None:
     assert not found["logits"] and not found["text dA"]
 
 
+@pytest.mark.parametrize("name", ["frozen", "full fine-tuning"])
+def test_step_gate_refuses_a_host_that_is_wrong(name: str) -> None:
+    """Those without adapters have one truth, each its own gradients of it: none missing, none a thousandth off."""
+
+    class Off(TRAINEES[name]):  # type: ignore[misc]
+        def gradients(self) -> dict[str, Tensor]:
+            return {key: 1.001 * value for key, value in super().gradients().items()}
+
+    class Missing(TRAINEES[name]):  # type: ignore[misc]
+        def gradients(self) -> dict[str, Tensor]:
+            return dict(list(super().gradients().items())[1:])
+
+    kind = "dx" if name == "frozen" else "dW"
+    right, off = verdict(TRAINEES[name]), verdict(Off)
+    assert all(right.values()) and right.keys() == off.keys()
+    assert {key for key, ok in off.items() if not ok} == {key for key in right if kind in key} == right.keys() - {"logits"}
+    with pytest.raises(KeyError):
+        verdict(Missing)
+
+
 def test_lost_dropout_is_noticed() -> None:
     """As on nn.MultiheadAttention, whose `out_proj` and `in_proj_weight` are read but never called."""
 
