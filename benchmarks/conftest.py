@@ -18,19 +18,25 @@ from rich.console import Console
 
 from fastlora.bench.rows import read
 from fastlora.bench.tables import everything
-from machine import RESULTS
 from recorder import Recorder
 
 # `python -m pytest` puts the repository's root on sys.path, where the folder kernels/ hides PyPI's `kernels` from transformers.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+LOCAL = ROOT / "benchmarks" / "local"  # git ignores it, and nothing reads it: results/ holds what was measured on purpose
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--profile and --results."""
     group = parser.getgroup("fastlora")
     group.addoption("--profile", choices=("tiny", "quick", "full"), default="quick", help="how much is measured")
-    group.addoption("--results", type=Path, default=RESULTS, help="folder for the raw rows")
+    group.addoption("--results", type=Path, default=LOCAL, help="folder for the raw rows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The columns of pytest-benchmark's own tables: all of them need two lines of a terminal."""
+    if hasattr(config.option, "benchmark_columns"):  # not under -p no:benchmark
+        config.option.benchmark_columns = config.option.benchmark_columns or ["median", "iqr", "rounds"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,9 +71,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         screen.print()
     right = {(row["case"], row["contestant"]) for row in rows if "median_ms" in row}
     wrong = {(row["case"], row["contestant"]) for row in rows if "refused" in row}
+    path = recorder.rows.path
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     screen.print(
-        f"Gate: outputs and gradients of {len(right)} contestants agree with an fp64 truth, so they were timed; "
-        f"{len(wrong)} do not and have no time.",
-        f"Pictures and a page: fastlora bench {recorder.rows.path} --out PAGE",
+        f"Gate: outputs and gradients of {len(right)} contestants agree with an fp64 truth,",
+        f"so they were timed; {len(wrong)} do not and have no time.",
+        f"Raw rows: {path}",
+        "Pictures and a page of them:",
+        f"fastlora bench {path} --out {path.parent / 'page'}",
         sep="\n", highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,34 @@ from waiting import HANG
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def run_benchmark(*arguments: str, folder: Path) -> list[dict[str, Any]]:
+def run_benchmark(*arguments: str, folder: Path, cwd: Path = BENCHMARKS.parent) -> list[dict[str, Any]]:
     """Run a benchmark in a process of its own, as a user does, and return the rows of every file that it wrote."""
     # a benchmark is timed by one process at a time, whatever the suite that starts it runs under
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=BENCHMARKS.parent, timeout=HANG
-    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "GIT_"))}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd, timeout=HANG)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
+
+
+def copy_of_tree(folder: Path) -> None:
+    """What `pytest benchmarks/` reads of the repository, in a repository of its own, where nothing is untracked."""
+    shutil.copytree(BENCHMARKS, folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "local", "results"))
+    for name in (".gitignore", "pyproject.toml"):
+        shutil.copy(BENCHMARKS.parent / name, folder)
+    _git(folder, "init", "--quiet")
+    _git(folder, "add", ".")
+
+
+def changed(folder: Path) -> str:
+    """The files that differ from what `copy_of_tree` made, but for ignored ones."""
+    return _git(folder, "ls-files", "--others", "--modified", "--deleted", "--exclude-standard")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    # a hook that runs the suite names its own repository there
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    done = subprocess.run(["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def names(rows: list[dict[str, Any]]) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import step_gate
 import steps
 from baselines import TRAINEES, Job, prompts
 from baselines.textbook import NaiveLinear, Textbook
-from bench_support import BENCHMARKS, names, run_benchmark
+from bench_support import BENCHMARKS, changed, copy_of_tree, names, run_benchmark
 from machine import Ceilings
 from measure import by_clock, saved_bytes, summary
 from memory import ready
@@ -34,21 +35,13 @@ CASES = [
 TINY = Job("mini", classes=3, batch=2)
 
 
-def test_pytest_benchmarks_run_and_write_rows(tmp_path: Path) -> None:
-    """Every contestant that can run here is timed in every phase, each with its ratio to the floor."""
-    options = [
-        "--benchmark-only",
-        "--profile",
-        "tiny",
-        "--results",
-        str(tmp_path),
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-    ]
-    rows = run_benchmark("-m", "pytest", "benchmarks", *options, folder=tmp_path)
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git: nothing says what is untracked")
+def test_pytest_benchmarks_write_rows_and_leave_nothing_untracked(tmp_path: Path) -> None:
+    """As README has it, in a copy: every contestant that can run here is timed in every phase, beside the floor."""
+    copy_of_tree(tmp_path)
+    command = ["-m", "pytest", "benchmarks/", "--benchmark-only", "--profile", "tiny", "-p", "no:xdist"]
+    rows = run_benchmark(*command, folder=tmp_path / "benchmarks" / "local", cwd=tmp_path)
+    assert changed(tmp_path) == ""
     assert rows[0]["row"] == "run" and {"commit", "versions", "cpu", "date", "threads"} <= rows[0].keys()
     timed = [row for row in rows if row["row"] == "step"]
     ops = [row for row in rows if row["row"] == "op"]
