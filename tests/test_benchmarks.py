@@ -18,6 +18,7 @@ import steps
 from baselines import TRAINEES, Job, prompts
 from baselines.textbook import NaiveLinear, Textbook
 from bench_support import BENCHMARKS, changed, copy_of_tree, names, run_benchmark
+from fastlora.bench.rows import MODEL
 from machine import Ceilings
 from measure import by_clock, saved_bytes, summary
 from memory import ready
@@ -56,6 +57,14 @@ def test_pytest_benchmarks_write_rows_and_leave_nothing_untracked(tmp_path: Path
         assert row["median_ms"] > 0 and row["over_frozen"] > 0
         assert row.get("share_of_roofline", row.get("share_of_gemm_speed", 0.0)) > 0
     assert all(row["flops"] > 0 and row["saved_bytes"] > 0 for row in timed)
+
+
+def test_the_default_profile_has_a_real_step() -> None:
+    """ViT-B-32 with 10 classes beside the mini CLIP on a CPU."""
+    from test_step import MAIN, cases
+
+    assert [(job.model, job.classes, job.batch) for job in cases("quick", "cpu")] == [("mini", 10, 32), (MODEL, 10, 32)]
+    assert set(MAIN) <= TRAINEES.keys()
 
 
 def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
