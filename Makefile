@@ -15,7 +15,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -p no:benchmark $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/pytest benchmarks/ --benchmark-only $(ARGS)
 
 kernels: $(STAMP)
 	$(BIN)/python -m fastlora.kernels.compile $(ARGS)

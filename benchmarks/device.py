@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker is ended, too
     options.out = options.out or (Path(tempfile.mkdtemp(prefix="fastlora-smoke-")) if options.smoke else RESULTS)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.smoke:
+    if options.smoke and parts == "".join(PARTS):
         print("at full size, on an H100:", plan(parts), sep="\n", flush=True)
     canary, rest = CANARY in parts, parts.replace(CANARY, "")
     minutes = options.minutes or (60.0 if options.smoke else MINUTES["canary"] * canary + MINUTES["rest"] * bool(rest))

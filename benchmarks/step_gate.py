@@ -28,7 +28,7 @@ from torch import Tensor
 from baselines import Adapters, Job, Trainee, few_prompts, host, inputs, starting_adapters
 from baselines.common import blocks, gather
 from baselines.frozen import Frozen
-from baselines.full import FullFineTuning
+from baselines.full import packed_gradients
 from fastlora.testing import expected_budget_report
 
 DRAWS = 6
@@ -79,21 +79,40 @@ def _results(contestant: Trainee, dtype: torch.dtype | None = None) -> list[Resu
     return found
 
 
-def _plain(trainee: type[Trainee], job: Job, adapters: Adapters, dtype: torch.dtype) -> list[Results]:
-    """The results of a contestant that is the host itself (frozen, or all weights trained), in another precision."""
-    exact: type[Trainee] = type("Exact", (trainee,), {"cast_once": False})
-    contestant = exact(job, adapters)
+class _Host(Frozen):
+    """The host itself, with every gradient that is asked of the contestants without adapters: one pass serves them all."""
+
+    cast_once = False
+
+    def install(self, adapters: Adapters) -> None:
+        super().install(adapters)
+        for rows in blocks(self.model).values():
+            for row in (rows[0], rows[-1]):  # the gradients of other weights are not looked at
+                row.attn.in_proj_weight.requires_grad_(True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return super().gradients() | packed_gradients(self)
+
+
+@functools.lru_cache(maxsize=2)
+def _plain(job: Job, dtype: torch.dtype) -> list[Results]:
+    """The results of the host itself in another precision."""
+    contestant = _Host(job, {})
     contestant.model.to(dtype)
     return _results(contestant, dtype)
 
 
 @functools.lru_cache(maxsize=4)
 def _expected(job: Job, trains: str, half: torch.dtype | None) -> tuple[list[Results], list[Results]]:
-    adapters = starting_adapters(job)
     if trains == "adapters":
+        adapters = starting_adapters(job)
         return _merged(job, adapters, torch.float32, half), _merged(job, adapters, torch.float64, None)
-    trainee = Frozen if trains == "nothing" else FullFineTuning
-    return _plain(trainee, job, adapters, torch.float32), _plain(trainee, job, adapters, torch.float64)
+    kind = "dx" if trains == "nothing" else "dW"
+
+    def of(dtype: torch.dtype) -> list[Results]:
+        return [{k: v for k, v in found.items() if kind in k or k == "logits"} for found in _plain(job, dtype)]
+
+    return of(torch.float32), of(torch.float64)
 
 
 def gate(trainee: type[Trainee], job: Job) -> list[tuple[bool, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import step_gate
 import steps
 from baselines import TRAINEES, Job, prompts
 from baselines.textbook import NaiveLinear, Textbook
-from bench_support import BENCHMARKS, names, run_benchmark
+from bench_support import BENCHMARKS, changed, copy_of_tree, names, run_benchmark
+from fastlora.bench.rows import MODEL
 from machine import Ceilings
 from measure import by_clock, saved_bytes, summary
 from memory import ready
@@ -34,21 +36,13 @@ CASES = [
 TINY = Job("mini", classes=3, batch=2)
 
 
-def test_pytest_benchmarks_run_and_write_rows(tmp_path: Path) -> None:
-    """Every contestant that can run here is timed in every phase, each with its ratio to the floor."""
-    options = [
-        "--benchmark-only",
-        "--profile",
-        "tiny",
-        "--results",
-        str(tmp_path),
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-    ]
-    rows = run_benchmark("-m", "pytest", "benchmarks", *options, folder=tmp_path)
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git: nothing says what is untracked")
+def test_pytest_benchmarks_write_rows_and_leave_nothing_untracked(tmp_path: Path) -> None:
+    """As README has it, in a copy: every contestant that can run here is timed in every phase, beside the floor."""
+    copy_of_tree(tmp_path)
+    command = ["-m", "pytest", "benchmarks/", "--benchmark-only", "--profile", "tiny", "-p", "no:xdist"]
+    rows = run_benchmark(*command, folder=tmp_path / "benchmarks" / "local", cwd=tmp_path)
+    assert changed(tmp_path) == ""
     assert rows[0]["row"] == "run" and {"commit", "versions", "cpu", "date", "threads"} <= rows[0].keys()
     timed = [row for row in rows if row["row"] == "step"]
     ops = [row for row in rows if row["row"] == "op"]
@@ -63,6 +57,14 @@ def test_pytest_benchmarks_run_and_write_rows(tmp_path: Path) -> None:
         assert row["median_ms"] > 0 and row["over_frozen"] > 0
         assert row.get("share_of_roofline", row.get("share_of_gemm_speed", 0.0)) > 0
     assert all(row["flops"] > 0 and row["saved_bytes"] > 0 for row in timed)
+
+
+def test_the_default_profile_has_a_real_step() -> None:
+    """ViT-B-32 with 10 classes beside the mini CLIP on a CPU."""
+    from test_step import MAIN, cases
+
+    assert [(job.model, job.classes, job.batch) for job in cases("quick", "cpu")] == [("mini", 10, 32), (MODEL, 10, 32)]
+    assert set(MAIN) <= TRAINEES.keys()
 
 
 def test_cpu_script_runs_at_tiny_size_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -247,6 +249,26 @@ def test_step_gate_refuses_what_is_wrong() -> None:
     assert not verdict(wrong(NoBias))["logits"]
     found = verdict(NotCausal)
     assert not found["logits"] and not found["text dA"]
+
+
+@pytest.mark.parametrize("name", ["frozen", "full fine-tuning"])
+def test_step_gate_refuses_a_host_that_is_wrong(name: str) -> None:
+    """Those without adapters have one truth, each its own gradients of it: none missing, none a thousandth off."""
+
+    class Off(TRAINEES[name]):  # type: ignore[misc]
+        def gradients(self) -> dict[str, Tensor]:
+            return {key: 1.001 * value for key, value in super().gradients().items()}
+
+    class Missing(TRAINEES[name]):  # type: ignore[misc]
+        def gradients(self) -> dict[str, Tensor]:
+            return dict(list(super().gradients().items())[1:])
+
+    kind = "dx" if name == "frozen" else "dW"
+    right, off = verdict(TRAINEES[name]), verdict(Off)
+    assert all(right.values()) and right.keys() == off.keys()
+    assert {key for key, ok in off.items() if not ok} == {key for key in right if kind in key} == right.keys() - {"logits"}
+    with pytest.raises(KeyError):
+        verdict(Missing)
 
 
 def test_lost_dropout_is_noticed() -> None:

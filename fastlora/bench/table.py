@@ -25,6 +25,13 @@ class Table:
     note: str = ""
     text: int = 1
 
+    def without(self, head: str) -> Table:
+        """The same table with one column left out."""
+        at = self.heads.index(head)
+        return dataclasses.replace(
+            self, heads=self.heads[:at] + self.heads[at + 1 :], cells=[row[:at] + row[at + 1 :] for row in self.cells]
+        )
+
     def markdown(self) -> str:
         """Without the title."""
         lines = ["| " + " | ".join(self.heads) + " |", "|" + "---|" * self.text + "---:|" * (len(self.heads) - self.text)]

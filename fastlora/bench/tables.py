@@ -90,7 +90,8 @@ def steps(rows: list[Row], *, one: bool = False) -> Table | None:
     note = f"{CHUNKS.strip()} timed in chunks of 50 classes: a whole step does not fit in memory." if any(
         CHUNKS in cell for row in cells for cell in row) else ""  # fmt: skip
     title = f"One training step: {found[0]['case']}" if one else "Training steps"
-    return Table(title, heads if one else ("step", *heads), cells, note, 1 if one else 2)
+    table = Table(title, heads if one else ("step", *heads), cells, note, 1 if one else 2)
+    return table if pick(found, contestant=FLOOR) else table.without("over frozen")
 
 
 def overview(rows: list[Row]) -> Table | None:
