@@ -37,21 +37,25 @@ TESTS = 45.0  # the tests marked gpu that are quick: most of it is compiling the
 
 def items(arch: int, device: str, smoke: bool) -> list[Item]:
     """Every check, in order of worth."""
-    found = [_check(f"attention, {kernel}, {_short(dtype)}", ATTENTION, functools.partial(_attention, kernel, dtype, smoke))
-             for kernel, dtype in _attention_kinds(device)]  # fmt: skip
-    table = [row for m in ((37,) if smoke else ROWS) for row in _table(device, m, 133 if smoke else 768, smoke)]
+    rows, width = ((20,), 40) if smoke else (ROWS, 768)
+    half = torch.float16 if smoke else torch.bfloat16  # the interpreter does not know bfloat16
+    found = [
+        _check(f"attention, {kernel}, {_short(dtype)}", ATTENTION, functools.partial(_attention, kernel, dtype, smoke))
+        for kernel, dtype in _attention_kinds(device)
+    ]
+    table = [row for m in rows for row in _table(device, m, width, smoke)]
     table.sort(key=lambda row: (row.precision != "half", row.layer.rank > 16))  # the paper's class first, at both sizes
     found += [_table_item(row, arch) for row in table]
-    wide = [] if smoke else [row for k in (512, 1024) for row in _table(device, 6304, k, smoke, ranks=(2, 16))]
+    wide = [] if smoke else [row for k in (512, 1024) for row in _table(device, rows[-1], k, smoke, ranks=(2, 16))]
     found += [_table_item(row, arch) for row in wide if row.layer.dtype == torch.bfloat16]
-    bf16 = torch.float16 if smoke else torch.bfloat16  # the interpreter does not know bfloat16
-    m, k = (37, 133) if smoke else (6304, 768)
     for rate in (0.25, 0.1):
-        work = functools.partial(_facts, functools.partial(mask_bits, m=m, k=k, dtype=bf16, dropout=rate))
-        found.append(_check(f"every bit of the mask, p={rate:g}", MASK, work, _needs(arch, bf16, m, k, identities=True), 12))
-    for m in (37,) if smoke else ROWS:
-        work = functools.partial(_facts, functools.partial(replays, m=m, k=k, times=3 if smoke else 20, dtype=bf16))
-        found.append(_check(f"20 graph replays, {m} rows", REPLAYS, work, _needs(arch, bf16, m, k), 30))
+        check = functools.partial(mask_bits, m=rows[-1], k=width, dtype=half, dropout=rate)
+        needs = _needs(arch, half, rows[-1], width, identities=True)
+        found.append(_check(f"every bit of the mask, p={rate:g}", MASK, functools.partial(_facts, check), needs, 90))
+    for m in rows:
+        check = functools.partial(replays, m=m, k=width, times=3 if smoke else 20, dtype=half)
+        name = f"20 graph replays, {m} rows"
+        found.append(_check(name, REPLAYS, functools.partial(_facts, check), _needs(arch, half, m, width), 25))
     found.append(_check("one captured training step", STEP, functools.partial(_facts, functools.partial(_step, smoke))))
     found += bits_items("a", ROWS, arch, device, smoke)
     return found + ([] if smoke else suite_items("a", "gpu and not slow", TESTS))
