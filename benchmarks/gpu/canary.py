@@ -53,7 +53,7 @@ def items(arch: int, device: str, smoke: bool) -> list[Item]:
         needs = _needs(arch, half, rows[-1], width, identities=True)
         found.append(_check(f"every bit of the mask, p={rate:g}", MASK, functools.partial(_facts, check), needs, 90))
     for m in rows:
-        check = functools.partial(replays, m=m, k=width, times=3 if smoke else 20, dtype=half)
+        check = functools.partial(replays, m=m, k=width, times=1 if smoke else 20, dtype=half)
         name = f"20 graph replays, {m} rows"
         found.append(_check(name, REPLAYS, functools.partial(_facts, check), _needs(arch, half, m, width), 25))
     found.append(_check("one captured training step", STEP, functools.partial(_facts, functools.partial(_step, smoke))))
