@@ -51,7 +51,9 @@ class Config:
     """A class of calls with a shape that stands for it: packed q, k, v, width 768, batch 256 of ViT-B/16.
 
     rank: R, where it is not the padded one. A size of 1 is a constant in what Triton compiles.
-    identities: whether rows have identities of their own under dropout, as the encoders' have.
+    identities: whether rows have identities of their own under dropout, as prompts have.
+    groups: what keys the masks of the groups; None for 0, 1, 2.
+    dropout: the rate, where the class drops out.
     """
 
     call: tiles.Call
@@ -61,10 +63,12 @@ class Config:
     rows: int = 50432
     rank: int | None = None
     identities: bool = False
+    groups: tuple[int, ...] | None = None
+    dropout: float = 0.25
 
     def __str__(self) -> str:
         c = self.call
-        return f"sm_{c.arch} {str(self.dtype).split('.')[1]} {c.precision} r{c.rank} p={0.25 if c.dropout else 0.0}"
+        return f"sm_{c.arch} {str(self.dtype).split('.')[1]} {c.precision} r{c.rank} p={self.dropout if c.dropout else 0.0}"
 
 
 def configurations(archs: tuple[int, ...] = tiles.ARCHITECTURES) -> list[Config]:
@@ -88,8 +92,8 @@ def launches(config: Config, plan: tiles.Plan | None = None, needs: Needs = NEED
 
     a, b = empty(g, rank, k, dtype=torch.float32), empty(n * g // len(config.active), rank, dtype=torch.float32)
     x, weight = empty(m, k), empty(n, k)
-    groups = tuple(range(len(config.active)))
-    spec = OpSpec(0.5, 0.25 if call.dropout else 0.0, 1, groups, config.active)
+    groups = config.groups or tuple(range(len(config.active)))
+    spec = OpSpec(0.5, config.dropout if call.dropout else 0.0, 1, groups, config.active)
     seed = empty(1, dtype=torch.int64) if call.dropout else None
     identities = empty(m, dtype=torch.int64) if config.identities else None
     before = torch.backends.cuda.matmul.allow_tf32

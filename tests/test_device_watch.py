@@ -133,7 +133,9 @@ def test_a_lost_context_is_noticed_and_ends_the_process(tmp_path: Path, monkeypa
     run = make(tmp_path, device="cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1))
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
     carry_out(run, [item("unlucky", work=functools.partial(raises, ValueError("a tile")))])
     assert not run.broken
     monkeypatch.setattr(torch.cuda, "synchronize", lost)

@@ -18,12 +18,12 @@ from multiprocessing.pool import AsyncResult
 from typing import Any
 
 from fastlora.kernels import tiles
-from fastlora.kernels.compile import MULTIPROCESSORS, Config, ast_source, launches
+from fastlora.kernels.compile import MULTIPROCESSORS, NEEDS, Config, Needs, ast_source, launches
 from fastlora.kernels.launch import Launch
 
 from .items import Item, Needed
 
-__all__ = ["Ahead", "Driver", "Job", "compile_job", "keys", "needed", "standing_in"]
+__all__ = ["Ahead", "Driver", "Job", "compile_job", "keys", "needed", "standing_in", "tower"]
 
 PATIENCE = 60.0  # seconds to wait for one kernel once its turn has come: beyond, its process has died
 INTERPRETER = "TRITON_INTERPRET"
@@ -63,15 +63,29 @@ def standing_in(arch: int) -> Iterator[None]:
         driver._active = before
 
 
-def record(config: Config, plan: tiles.Plan | None = None, directions: str = "both") -> list[Launch]:
+def record(config: Config, plan: tiles.Plan | None, directions: str, needs: Needs) -> list[Launch]:
     """The launches of a "forward", a "backward" or "both" of one class of calls, by the table's plan or another."""
-    forward, backward = launches(config, plan)
+    forward, backward = launches(config, plan, needs)
     return {"forward": forward, "backward": backward, "both": forward + backward}[directions]
 
 
-def needed(config: Config, plan: tiles.Plan | None = None, directions: str = "both") -> Needed:
-    """What calls of one class start."""
-    return Needed(record, (config, plan, directions))
+def needed(config: Config, plan: tiles.Plan | None = None, directions: str = "both", needs: Needs = NEEDS[0]) -> Needed:
+    """What calls of one class start. needs: the gradients of x, A and B that a backward is asked for."""
+    return Needed(record, (config, plan, directions, needs))
+
+
+def tower(config: Config, queries: int, directions: str = "both") -> tuple[Needed, ...]:
+    """What a tower of fastlora.encoders starts, whose blocks' packed q, k, v are of one class of calls.
+
+    The blocks; the lowest, whose x wants no gradient; of the last one k and v, and q of the pooled tokens alone.
+    """
+    pooled = dataclasses.replace(config, active=(True,), groups=(0,), rows=queries, identities=True)
+    return (
+        needed(config, None, directions),
+        needed(config, None, directions, (False, True, True)),
+        needed(dataclasses.replace(config, active=(True, True), groups=(1, 2)), None, directions),
+        needed(pooled, None, directions),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Parts c and g: whole training steps of ViT-B/16, as written, captured in a CUDA graph, or compiled.
 
 Each contestant passes the step's gate, warms up, then its steps are timed one by one with CUDA events. A row keeps their
-median, their quantiles and the peak memory; a second one tells where the time goes, kernel by kernel. "graph" is the whole
+median, their quantiles and the peak memory; at 100 classes a second one tells where the time goes. "graph" is the whole
 step, optimizer included, captured once and replayed on two batches in turn.
 """
 
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 import expected
+import expected.steps as counted
 from baselines import TRAINEES, Job, Trainee, inputs
 from fastlora.kernels import tiles
-from fastlora.kernels.compile import Config
+from fastlora.kernels.compile import NEEDS, Config
 from measure import Timing, by_clock, by_events
+from step_gate import FEW
 from steps import checked
 
-from .ahead import needed
+from .ahead import needed, tower
 from .items import Item, Needed, Row
 from .run import Run
 
@@ -31,6 +33,8 @@ __all__ = ["captured", "items"]
 WARM_UP, STEPS = 8, 60
 LIMIT = 12.0  # seconds for the timed steps of one contestant: of one that takes longer fewer are timed
 MODEL = "ViT-B-16-quickgelu"
+WIDTHS = 768, 512  # of its image and text towers
+PROFILED = 100  # classes at which a contestant's step as written is profiled: each profile takes seconds
 # Ours first, then whoever targets speak of; the ways in which each is run.
 WAYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fastlora", ("graph", "as written")),
@@ -55,13 +59,37 @@ def jobs(smoke: bool, device: str) -> list[Job]:
     return [Job(MODEL, classes=classes, device=device) for classes in (10, 100, 1000)]
 
 
-def _needed(arch: int) -> tuple[Needed, ...]:
-    """What both towers start, but for the last blocks, whose few kernels are compiled as they come."""
-    call = tiles.Call(arch, "half", 16, True)
-    return tuple(
-        needed(Config(call, torch.bfloat16, (True,) * 3, width, rows, 2, identities=True))
-        for rows, width in ((32 * 197, 768), (9000, 512))
-    )
+def _needed(job: Job, name: str, arch: int) -> tuple[Needed, ...]:
+    """What a step of one of ours starts, its gate and `drops_out` before it, whose images and classes are few."""
+
+    def config(rows: int, width: int, dropout: bool, identities: bool) -> Config:
+        return Config(tiles.Call(arch, "half", 16, dropout), torch.bfloat16, (True,) * 3, width, rows, job.rank, identities)
+
+    image, text = WIDTHS
+    if name == "fastlora, host's encoders":  # whole prompts, and every row by its number
+        sizes = ((job.batch, job.classes, True, "both"), (FEW, FEW, False, "both"), (2, 2, True, "forward"))
+        whole = [
+            (config(count * length, width, dropout, False), directions)
+            for images, prompts, dropout, directions in sizes
+            for count, length, width in ((images, counted.IMAGE_TOKENS, image), (prompts, counted.CONTEXT, text))
+        ]
+        return tuple(
+            needed(one, None, directions, needs)
+            for one, directions in whole
+            for needs in (NEEDS[0], (False, True, True))
+        )  # fmt: skip
+    shared = name == "fastlora, share_prefix"
+    prompts = counted.TOKENS[job.classes] - (counted.SHARED * (job.classes - 1) if shared else 0)
+    found = [
+        *tower(config(job.batch * counted.IMAGE_TOKENS, image, True, False), job.batch),
+        *tower(config(prompts, text, True, True), job.classes),
+        *tower(config(FEW * counted.IMAGE_TOKENS, image, False, False), FEW),
+        *tower(config(2 * counted.IMAGE_TOKENS, image, True, False), 2, "forward"),
+        *tower(config(16 if shared else 21, text, True, True), 2, "forward"),
+    ]
+    for rows in (31, 37):  # the gate's draws are of different lengths: a program more or less is a kernel of its own
+        found += tower(config(rows, text, False, True), FEW)
+    return tuple(dict.fromkeys(found))
 
 
 def items(part: str, arch: int, device: str, smoke: bool) -> list[Item]:
@@ -84,8 +112,8 @@ def items(part: str, arch: int, device: str, smoke: bool) -> list[Item]:
                 f"{job.name}, {name}, {engine}",
                 seconds,
                 functools.partial(measure, job, name, engine),
-                needs=_needed(arch) if ours else (),
-                calls=12 * (WARM_UP + STEPS) if ours else 0,
+                needs=_needed(job, name, arch) if ours and not smoke else (),
+                calls=WARM_UP + STEPS if ours else 0,
                 about={"case": job.name, "contestant": name, "engine": engine},
             )
         )
@@ -142,16 +170,15 @@ def _timed(run: Run, step: Step) -> Timing:
 
 
 def _profile(step: Step) -> list[Row]:
-    """The twenty-five kernels that take most of a step, in microseconds a step, and how many there are."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
-        for _ in range(3):
-            step()
+    """The thirty kernels that take most of a step, in microseconds, and all of them together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step()
         torch.cuda.synchronize()
-    rows = [e for e in found.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
-    rows.sort(key=lambda e: -e.self_device_time_total)
-    top = [{"kernel": e.key[:120], "us": round(e.self_device_time_total / 3, 1), "calls": e.count / 3} for e in rows[:25]]
-    total = {"us": round(sum(e.self_device_time_total for e in rows) / 3, 1), "calls": sum(e.count for e in rows) / 3}
+    events = [e for e in found.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+    # an annotation spans kernels that are there themselves
+    rows = sorted((e for e in events if not getattr(e, "is_user_annotation", False)), key=lambda e: -e.self_device_time_total)
+    top = [{"kernel": e.key[:120], "us": round(e.self_device_time_total, 1), "calls": e.count} for e in rows[:30]]
+    total = {"us": round(sum(e.self_device_time_total for e in rows), 1), "calls": sum(e.count for e in rows)}
     return [{"kernel": "all", **total}, *top]
 
 
@@ -178,5 +205,5 @@ def measure(job: Job, name: str, engine: str, run: Run) -> Iterator[Row]:
     if cuda:
         memory |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     yield row | timing.row() | memory
-    if cuda:
+    if cuda and engine == "as written" and job.classes == PROFILED:
         yield {"row": "profile", "kernels": _profile(step)}
