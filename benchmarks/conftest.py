@@ -1,6 +1,6 @@
 """`pytest benchmarks/ --benchmark-only`: the profile, the ceilings of this run, raw rows, and a table of ratios at the end.
 
---profile quick     about four minutes on two cores (default)
+--profile quick     four to five minutes on two cores (default)
 --profile full      all sizes: CPU hours for 1000 classes, minutes on a GPU
 --profile tiny      every benchmark at a size that proves nothing but that it runs
 """

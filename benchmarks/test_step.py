@@ -19,7 +19,7 @@ from steps import WARM_UP, checked, in_chunks, seconds_of_step
 
 # What the quick profile times of a large model on a CPU. Each takes half a minute, its gate included; these share one truth.
 # That of the contestants without adapters (the floor, full fine-tuning) alone would take almost as long again.
-MAIN = ("fastlora", "textbook", "the paper's arithmetic", "PEFT")
+MAIN = ("fastlora", "cuBLAS beta=1", "textbook", "the paper's arithmetic")
 
 
 def cases(profile: str, device: str) -> list[Job]:
