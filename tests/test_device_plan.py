@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
+import torch
 
 import device
-from baselines import TRAINEES
+from baselines import TRAINEES, Job, few_prompts
 from bench_support import BENCHMARKS, without_interpreter
-from gpu import canary, layers, plan, steps, suite
+from fastlora import mini
+from gpu import canary, layers, plan, step_check, steps, suite
 from gpu.items import CANARY, PARTS
+from step_gate import DRAWS, FEW
 from waiting import HANG, wait
 
 
@@ -41,6 +46,30 @@ def test_contestants_exist_and_the_most_telling_come_first() -> None:
     assert all("r2 " in name and "bfloat16 half" in name for name in table[:2]) and {"50432", "6304"} <= {
         found[1] for name in table if (found := re.search(r", (\d+) rows", name))
     }
+
+
+def test_the_captured_step_is_compiled_at_its_own_sizes() -> None:
+    model: Any = mini.build()
+    made = step_check._loop(torch.device("cpu"), None, 3, 8)
+    rows = int((made._step.objective._prompts.tokens.argmax(1) + 1).sum())
+    image, text = len(model.visual.positional_embedding), model.positional_embedding.shape[1]
+    width = model.visual.positional_embedding.shape[1]
+    found = {(needed.arguments[0].rows, needed.arguments[0].width) for needed in canary._mini_step(90)}
+    assert found == {(8 * image, width), (8, width), (rows, text), (step_check.CLASSES, text)}
+
+
+def test_a_steps_gate_is_compiled_at_the_rows_of_its_draws() -> None:
+    """Prompts end at their last token; a program takes 32 rows, so that one and two programs are all that there is."""
+    tokenize = open_clip.get_tokenizer("ViT-B-16-quickgelu")
+
+    def rows(classes: int, draw: int) -> int:
+        return int((tokenize(few_prompts(Job(steps.MODEL, classes=classes), draw)).argmax(1) + 1).sum())
+
+    draws = [rows(FEW, draw) for draw in range(DRAWS)]
+    assert {math.ceil(n / 32) for n in draws} == {math.ceil(n / 32) for n in (31, 37)} == {1, 2} and rows(2, 0) == 21
+    for name in ("fastlora", "fastlora, share_prefix"):
+        found = [needed.arguments[0].rows for needed in steps._needed(Job(steps.MODEL, classes=10), name, 90)]
+        assert {31, 37, 21 if name == "fastlora" else 16} <= set(found)
 
 
 def test_contribution_guide_has_the_plan() -> None:
