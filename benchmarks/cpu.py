@@ -32,11 +32,12 @@ import torch
 import allocator
 from baselines import TRAINEES, Job
 from fastlora.bench.rows import MODEL
-from machine import RESULTS, ROOT, Ceilings, Rows, ceilings, environment, read_rows
+from machine import Ceilings, ceilings, environment
 from memory import counts, measure, ready
 from ops import CONTESTANTS
 from ops import gate as op_gate
 from ops_timing import op_rows
+from rows import RESULTS, ROOT, Rows, read_rows
 from savings import savings
 from shapes import Case
 from steps import checked, in_turn, seconds_whole, side_by_side

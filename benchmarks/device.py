@@ -31,8 +31,8 @@ from typing import Any
 from gpu.history import History, tree
 from gpu.items import CANARY, PARTS
 from gpu.supervise import LOST, Watch, supervise
+from rows import ON_GPUS, Rows
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 MINUTES = {"canary": 2.5, "rest": 9.5}  # a command is given ten minutes there
 KILLED = -signal.SIGKILL  # by the process that watches it: the time is up, or it hangs
 RIGHT, WRONG, CANNOT, UNFINISHED = 0, 1, 2, 3
@@ -87,11 +87,11 @@ def work(options: argparse.Namespace) -> int:
     from gpu.ahead import Ahead
     from gpu.plan import all_items
     from gpu.run import Run, carry_out
-    from machine import Rows, environment
+    from machine import environment
 
     header = environment(device, options.commit)
     same = {"gpu": header.get("gpu"), "tree": tree()}
-    history = History([options.out, RESULTS], same)
+    history = History([options.out, ON_GPUS], same)
     rows = Rows(options.worker, header | same | {"smoke": options.smoke}, more=True)
     arch = tiles.architecture(device) if device.type == "cuda" else 90
     items = [i for i in all_items(arch, device.type, options.smoke, chosen(options)) if options.only in i.key]
@@ -102,7 +102,7 @@ def work(options: argparse.Namespace) -> int:
         f"{header.get('gpu', 'CPU')}: {len(left)} of {len(items)} items left, "
         f"{sum(item.seconds for item in left):.0f} s expected, {options.seconds:.0f} s given", flush=True,
     )  # fmt: skip
-    run = Run(device, rows, started + options.seconds, options.smoke, history, ahead, options.out)
+    run = Run(device, rows, started + options.seconds, options.smoke, history, ahead)
     try:
         carry_out(run, items)
         rows.add({"row": "ahead", **ahead.counts()})
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(plan(parts))
         return RIGHT
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the worker is ended, too
-    options.out = options.out or (Path(tempfile.mkdtemp(prefix="fastlora-smoke-")) if options.smoke else RESULTS)
+    options.out = options.out or (Path(tempfile.mkdtemp(prefix="fastlora-smoke-")) if options.smoke else ON_GPUS)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.smoke and parts == "".join(PARTS):
         print("at full size, on an H100:", plan(parts), sep="\n", flush=True)

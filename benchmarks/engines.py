@@ -36,7 +36,8 @@ from fastlora.fewshot.loop import Loop
 from fastlora.fewshot.prepare import Prepared, prepare
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.shared import Shared
-from machine import RESULTS, environment
+from machine import environment
+from rows import RESULTS
 
 LORA = LoRAConfig(rank=16, alpha=8.0)
 COMMON: dict[str, Any] = {"model": "mini", "pretrained": None, "lr": 3e-3, "crop_scale": (0.3, 1.0), "lora": LORA}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from rows import RESULTS, ROOT
+
 _PACKAGES = ("torch", "triton", "fastlora", "open_clip_torch", "peft", "numpy")
 
 
@@ -127,29 +126,3 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
             "driver": driver.splitlines()[0] if driver else None,
         }
     return row
-
-
-class Rows:
-    """Raw rows, one JSON object a line, each on disk as soon as it is known: a run that is stopped keeps what it measured.
-
-    Args:
-        header: what the rows behind it were measured on.
-        more: whether to add to what the file holds, under a header of its own.
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any], more: bool = False) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not more:
-            path.write_text("")
-        self.add({"row": "run", **header})
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one row; a value that JSON does not know is written as its text."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row, default=str) + "\n")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `Rows` wrote, the run's header first; a line that a killed run left unfinished is none."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

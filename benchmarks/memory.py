@@ -20,8 +20,8 @@ from torch import Tensor
 from baselines import TRAINEES, Job, Trainee, inputs, starting_adapters
 from baselines.common import built
 from fastlora.testing import count_flops
-from machine import ROOT
 from measure import peak_memory, saved_bytes
+from rows import ROOT
 
 
 def ready(trainee: type[Trainee], job: Job) -> Trainee:

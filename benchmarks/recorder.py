@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from machine import Ceilings, Rows, ceilings, environment
-from tables import FLOOR
+from fastlora.bench.rows import FLOOR
+from machine import Ceilings, ceilings, environment
+from rows import Rows
 
 
 class Recorder:

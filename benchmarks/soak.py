@@ -33,7 +33,8 @@ from fastlora.fewshot.loop import Loop
 from fastlora.fewshot.prepare import prepare
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.shared import Shared
-from machine import RESULTS, Rows, environment, read_rows
+from machine import environment
+from rows import RESULTS, Rows, read_rows
 
 RECIPE: dict[str, Any] = {"model": "mini", "pretrained": None, "lr": 1e-3, "crop_scale": (0.5, 1.0), "seed": 1}
 OUT = RESULTS / "soak.jsonl"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import read_rows
+from rows import read_rows
 from waiting import HANG
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -25,7 +25,6 @@ from memory import ready
 from ops import CONTESTANTS, Drop, FastLoRA, LayerForward, bind, gate, phase_calls
 from ops import Textbook as NaiveOp
 from shapes import Case, InputSet
-from tables import ratio_table
 
 CASES = [
     Case("linear", 24, 32, 48, rank=4),
@@ -326,13 +325,3 @@ def test_prompts_have_the_lengths_of_imagenets() -> None:
     tokens = open_clip.get_tokenizer("ViT-B-32")(prompts(Job(classes=1000)))
     lengths = (tokens != 0).sum(1)
     assert (int(lengths.min()), int(lengths.max())) == (8, 18) and 9.0 < lengths.float().mean() < 9.4
-
-
-def test_ratio_table_shows_what_is_missing() -> None:
-    rows = [
-        {"case": "c", "phase": "both", "contestant": name, "method": "clock", "median_ms": ms}
-        for name, ms in (("frozen", 2.0), ("ours", 3.0))
-    ]
-    rows.append({"case": "d", "phase": "both", "contestant": "frozen", "method": "clock", "median_ms": 1.0})
-    lines = ratio_table(rows).splitlines()
-    assert lines[-2].split()[-2:] == ["2.000", "1.50"] and lines[-1].split()[-1] == "-"

@@ -22,10 +22,10 @@ from bench_support import BENCHMARKS, names, without_interpreter
 from fastlora.bench.rows import read
 from fastlora.bench.tables import everything
 from gpu import plan, steps
-from gpu.history import rows_of
 from gpu.items import CANARY, PARTS
 from gpu.summary import summary
 from ops import CONTESTANTS
+from rows import read_rows
 from waiting import HANG, wait
 
 SCRIPT = str(BENCHMARKS / "device.py")
@@ -42,7 +42,7 @@ def run(folder: Path, *arguments: str, status: int = 0) -> tuple[str, list[dict[
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in sorted(folder.glob("*.jsonl")) for row in rows_of(path)]
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
 
 
 def ended(found: list[dict[str, Any]]) -> list[str]:
@@ -173,6 +173,13 @@ def test_a_canary_that_was_not_finished_is_not_green() -> None:
     assert device.verdict("a", found) == device.RIGHT
     found = [{"row": "plan", "left": ["b: one", "b: two"], "spare": []}, end("b: one")]
     assert device.verdict("b", found) == device.RIGHT
+
+
+def test_the_summary_shows_what_is_missing() -> None:
+    op = {"row": "op", "phase": "both", "method": "clock", "rank": 4, "m": 8, "k": 32, "dropout": 0.0}
+    found = [op | {"case": "c", "contestant": name, "median_ms": ms} for name, ms in (("frozen", 2.0), ("ours", 3.0))]
+    lines = summary([*found, op | {"case": "d", "contestant": "frozen", "median_ms": 1.0}], []).splitlines()
+    assert lines[-2].split()[-2:] == ["2000", "1.50"] and lines[-1].split()[-1] == "–"
 
 
 def test_the_summary_fits_a_terminal_and_names_what_is_wrong() -> None:

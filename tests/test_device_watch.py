@@ -15,10 +15,10 @@ import torch
 
 from gpu import run as running
 from gpu import supervise
-from gpu.history import TRIES, History, complete_lines, rows_of, tree
+from gpu.history import TRIES, History, tree
 from gpu.items import Item, Row
 from gpu.run import Run, carry_out
-from machine import Rows
+from rows import Rows, complete_lines, read_rows
 from waiting import HANG, wait
 
 SAME = {"gpu": "H100", "tree": "abc"}
@@ -37,7 +37,7 @@ class Compiled:
 def make(folder: Path, seconds: float = HANG, device: str = "cpu", ahead: Any = None) -> Run:
     rows = Rows(folder / f"rows-{len(list(folder.glob('*')))}.jsonl", SAME)
     history = History([folder], SAME)
-    return Run(torch.device(device), rows, time.monotonic() + seconds, True, history, ahead or Compiled(), folder)
+    return Run(torch.device(device), rows, time.monotonic() + seconds, True, history, ahead or Compiled())
 
 
 def item(name: str, seconds: float = 0.0, work: Any = None, **more: Any) -> Item:
@@ -48,7 +48,7 @@ def item(name: str, seconds: float = 0.0, work: Any = None, **more: Any) -> Item
 
 
 def ended(run: Run) -> list[str]:
-    return [row["item"] for row in rows_of(run.rows.path) if row["row"] == "end"]
+    return [row["item"] for row in read_rows(run.rows.path) if row["row"] == "end"]
 
 
 def raises(error: Exception, run: Run) -> Iterator[Row]:
@@ -61,7 +61,7 @@ def test_items_are_done_once_and_a_failure_costs_its_own_row(tmp_path: Path) -> 
     first = make(tmp_path)
     carry_out(first, items)
     assert ended(first) == ["b: a", "b: bad", "b: c"]
-    rows = rows_of(first.rows.path)
+    rows = read_rows(first.rows.path)
     assert [row["failed"] for row in rows if row["row"] == "failed"] == ["ValueError('a tile')"]
     assert all(row["contestant"] == "fastlora triton" for row in rows if row["row"] != "run")
     assert [row["row"] for row in rows if row.get("item") == "b: bad"] == ["begin", "op", "failed", "end"]
@@ -98,10 +98,10 @@ def test_the_source_is_known_without_git(tmp_path: Path) -> None:
 def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"row": "run"}\n{"row": "op", "med')
-    assert rows_of(path) == [{"row": "run"}]
+    assert read_rows(path) == [{"row": "run"}]
     complete_lines(path)
     Rows(path, {"gpu": "H100"}, more=True)
-    assert [row["row"] for row in rows_of(path)] == ["run", "run"]
+    assert [row["row"] for row in read_rows(path)] == ["run", "run"]
 
 
 def test_slow_parts_do_not_pass_the_budget(tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_slow_parts_do_not_pass_the_budget(tmp_path: Path) -> None:
     begun = time.monotonic()
     carry_out(run, [item("slow", 0.5, slow), item("slow too", 0.5, slow), item("long", 100.0), item("short", 0.0)])
     assert time.monotonic() - begun < 1.0 and ended(run) == ["b: slow", "b: short"]
-    assert [row["item"] for row in rows_of(run.rows.path) if row["row"] == "left out"] == ["b: slow too", "b: long"]
+    assert [row["item"] for row in read_rows(run.rows.path) if row["row"] == "left out"] == ["b: slow too", "b: long"]
 
 
 def test_what_did_not_compile_is_refused_where_it_matters(tmp_path: Path) -> None:
     run = make(tmp_path, ahead=Compiled(wrong="racing"))
     carry_out(run, [item("racing plan", strict=True), item("racing row")])
-    rows = rows_of(run.rows.path)
+    rows = read_rows(run.rows.path)
     assert [row["item"] for row in rows if row["row"] == "op"] == ["b: racing row"]
     assert [row["item"] for row in rows if "refused" in row] == ["b: racing plan"]
 
@@ -141,7 +141,7 @@ def test_a_lost_context_is_noticed_and_ends_the_process(tmp_path: Path, monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     carry_out(run, [item("fatal", work=functools.partial(raises, RuntimeError("anything"))), item("behind it")])
     assert run.broken and ended(run) == ["b: unlucky", "b: fatal"]
-    assert ["broke" in row for row in rows_of(run.rows.path) if row["row"] == "failed"] == [False, True]
+    assert ["broke" in row for row in read_rows(run.rows.path) if row["row"] == "failed"] == [False, True]
 
 
 # A worker that does the items that are named on its command line, as `how` says, in place of device.py's.
@@ -178,7 +178,7 @@ def worker(tmp_path: Path) -> list[str]:
 def test_a_worker_that_dies_is_started_anew_behind_what_killed_it(tmp_path: Path, worker: list[str]) -> None:
     watch = supervise.supervise([*worker, "a", "dies", "c"], tmp_path / "rows.jsonl", HANG / 60)
     assert watch.status == 0
-    rows = rows_of(tmp_path / "rows.jsonl")
+    rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["item"] for row in rows if row["row"] == "end"] == ["a", "c"]
     assert [(row["item"], row["failed"]) for row in rows if row["row"] == "failed"] == [
         ("dies", f"its process ended with status {-signal.SIGKILL}")

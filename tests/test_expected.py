@@ -90,7 +90,7 @@ def test_measured_cells_are_filled_from_rows() -> None:
 
 
 def test_rows_of_another_gpu_are_left_out(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "ON_GPUS", tmp_path)
     for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         header, row = f'{{"row": "run", "gpu": "{gpu}"}}', '{"row": "op", "median_ms": 1.0}'
         (tmp_path / f"{gpu}.jsonl").write_text(f"{header}\n{row}\n")

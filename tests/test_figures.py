@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 
 import pages
 import sweeps
-from machine import read_rows
+from rows import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

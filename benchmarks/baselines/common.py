@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -228,6 +229,18 @@ class Trainee:
     def gradients(self) -> dict[str, Tensor]:
         """After a backward: gradients by name, those of one tower and kind together: "vision dA", …"""
         raise NotImplementedError
+
+
+def cut(model: Any, of: Callable[[Tensor], Tensor | None]) -> Adapters:
+    """(A, B) of each projection, cut out of what `of` gives for each block's packed lora_A (3, R, D) and lora_B (3D, R)."""
+    pairs: Adapters = {}
+    for tower, rows in blocks(model).items():
+        for block, row in enumerate(rows):
+            a, b = of(row.attn.lora_A), of(row.attn.lora_B)
+            assert a is not None and b is not None, f"{tower} block {block} got no gradient"
+            for projection, pair in enumerate(zip(a, b.chunk(3), strict=True)):
+                pairs[tower, block, projection] = pair
+    return pairs
 
 
 def gather(pairs: Adapters) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import cublas
 
-from .common import Adapters, Trainee, blocks, gather
+from .common import Adapters, Trainee, blocks, cut, gather
 
 
 class PackedAttention(nn.Module):
@@ -44,19 +44,11 @@ class CublasBeta(Trainee):
     name = "cuBLAS beta=1"
 
     def install(self, adapters: Adapters) -> None:
-        self.adapted: dict[tuple[str, int], PackedAttention] = {}
         for tower, rows in blocks(self.model).items():
             for block, row in enumerate(rows):
                 a, b = zip(*(adapters[tower, block, i] for i in range(3)), strict=True)
                 row.attn = PackedAttention(row.attn, torch.stack(a), torch.cat(b), self.job.scale, self.job.dropout)
-                self.adapted[tower, block] = row.attn
         self.model.train()
 
     def gradients(self) -> dict[str, Tensor]:
-        pairs: Adapters = {}
-        for (tower, block), layer in self.adapted.items():
-            a, b = layer.lora_A.grad, layer.lora_B.grad
-            assert a is not None and b is not None, f"{tower} block {block} got no gradient"
-            for projection, pair in enumerate(zip(a, b.chunk(3), strict=True)):
-                pairs[tower, block, projection] = pair
-        return gather(pairs)
+        return gather(cut(self.model, lambda p: p.grad))

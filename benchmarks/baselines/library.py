@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 import fastlora
 from fastlora.encoders import ImageEncoder, TextEncoder, microbatched
 
-from .common import Adapters, Compiled, Trainee, blocks, gather
+from .common import Adapters, Compiled, Trainee, cut, gather
 
 
 class Patched(Trainee):
@@ -23,23 +21,12 @@ class Patched(Trainee):
         job = self.job
         fastlora.patch(self.model, rank=job.rank, alpha=1.0, dropout=job.dropout)
         with torch.no_grad():
-            for key, mine in self._pairs(lambda p: p).items():
+            for key, mine in cut(self.model, lambda p: p).items():
                 for target, value in zip(mine, adapters[key], strict=True):
                     target.copy_(value)
 
-    def _pairs(self, of: Callable[[Tensor], Tensor | None]) -> Adapters:
-        """(A, B) of each projection, cut out of what `of` gives for the packed parameters."""
-        pairs: Adapters = {}
-        for tower, rows in blocks(self.model).items():
-            for block, row in enumerate(rows):
-                a, b = of(row.attn.lora_A), of(row.attn.lora_B)
-                assert a is not None and b is not None, f"{tower} block {block} got no gradient"
-                for projection, pair in enumerate(zip(a, b.chunk(3), strict=True)):
-                    pairs[tower, block, projection] = pair
-        return pairs
-
     def gradients(self) -> dict[str, Tensor]:
-        return gather(self._pairs(lambda p: p.grad))
+        return gather(cut(self.model, lambda p: p.grad))
 
 
 class FastLoRA(Patched):

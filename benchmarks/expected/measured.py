@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from fastlora.bench.rows import Row, median, pick, read
+from rows import ON_GPUS
 from shapes import Case
-
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu"
 
 
 @cache
 def gpu_rows() -> list[Row]:
     """The committed rows of an H100, none until it was measured."""
-    if not RESULTS.is_dir() or not any(RESULTS.rglob("*.jsonl")):
+    if not ON_GPUS.is_dir() or not any(ON_GPUS.rglob("*.jsonl")):
         return []
-    return [row for row in read(RESULTS) if "H100" in str(row["env"].get("gpu"))]
+    return [row for row in read(ON_GPUS) if "H100" in str(row["env"].get("gpu"))]
 
 
 def case_of(m: int, k: int, rank: int = 16, dropout: float = 0.25) -> Case:

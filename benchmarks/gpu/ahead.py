@@ -17,13 +17,15 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.pool import AsyncResult
 from typing import Any
 
+import torch
+
 from fastlora.kernels import tiles
 from fastlora.kernels.compile import MULTIPROCESSORS, NEEDS, Config, Needs, ast_source, launches
 from fastlora.kernels.launch import Launch
 
 from .items import Item, Needed
 
-__all__ = ["Ahead", "Driver", "Job", "compile_job", "keys", "needed", "standing_in", "tower"]
+__all__ = ["Ahead", "Driver", "Job", "compile_job", "keys", "needed", "packed", "standing_in", "tower"]
 
 PATIENCE = 60.0  # seconds to wait for one kernel once its turn has come: beyond, its process has died
 INTERPRETER = "TRITON_INTERPRET"
@@ -72,6 +74,15 @@ def record(config: Config, plan: tiles.Plan | None, directions: str, needs: Need
 def needed(config: Config, plan: tiles.Plan | None = None, directions: str = "both", needs: Needs = NEEDS[0]) -> Needed:
     """What calls of one class start. needs: the gradients of x, A and B that a backward is asked for."""
     return Needed(record, (config, plan, directions, needs))
+
+
+def packed(
+    arch: int, dtype: torch.dtype, rows: int, width: int, rank: int, dropout: float, *,
+    precision: tiles.Precision = "half", identities: bool = False,
+) -> Config:  # fmt: skip
+    """The class of calls and the shape of packed q, k, v, as sm_{arch} takes them."""
+    call = tiles.Call(arch, precision, tiles.padded_rank(rank), dropout > 0)
+    return Config(call, dtype, (True,) * 3, width, rows, rank, identities, dropout=dropout)
 
 
 def tower(config: Config, queries: int, directions: str = "both") -> tuple[Needed, ...]:

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 
 from fastlora import verdicts
-from fastlora.kernels import tiles
-from fastlora.kernels.compile import Config
 
-from .ahead import needed, tower
+from .ahead import needed, packed, tower
 from .attention_checks import attention, missing
 from .checks import TableRow, judged, mask_bits, replays, table_rows
-from .items import Item, Needed, Row
+from .items import Item, Needed, Row, at
 from .layers import bits_items
 from .run import Run
 from .step_check import captured_step
@@ -49,13 +47,13 @@ def items(arch: int, device: str, smoke: bool) -> list[Item]:
     found += [_table_item(row, arch) for row in table if row.precision == "half"]
     for rate in (0.25, 0.1):
         check = functools.partial(mask_bits, m=rows[-1], k=width, dtype=half, dropout=rate)
-        config = _config(arch, half, rows[-1], width, identities=True, dropout=rate)
+        config = packed(arch, half, rows[-1], width, 16, rate, identities=True)
         found.append(
             _check(f"every bit of the mask, p={rate:g}", MASK, functools.partial(_facts, check), (needed(config),), 90)
         )
     for m in rows:
         check = functools.partial(replays, m=m, k=width, times=1 if smoke else 20, dtype=half)
-        needs = (needed(_config(arch, half, m, width)),)
+        needs = (needed(packed(arch, half, m, width, 16, 0.25)),)
         found.append(_check(f"20 graph replays, {m} rows", REPLAYS, functools.partial(_facts, check), needs, 25))
     step = () if smoke else _mini_step(arch)
     found.append(
@@ -68,8 +66,8 @@ def items(arch: int, device: str, smoke: bool) -> list[Item]:
 
 def _mini_step(arch: int) -> tuple[Needed, ...]:
     """What `captured_step` starts: the mini CLIP's towers, 8 images of 65 tokens and 4 prompts of 30 together, rank 4."""
-    image = _config(arch, torch.bfloat16, 520, 192, identities=True, rank=4)
-    text = _config(arch, torch.bfloat16, 30, 64, identities=True, rank=4)
+    image = packed(arch, torch.bfloat16, 520, 192, 4, 0.25, identities=True)
+    text = packed(arch, torch.bfloat16, 30, 64, 4, 0.25, identities=True)
     return (*tower(image, 8), *tower(text, 4))
 
 
@@ -81,11 +79,6 @@ def _check(
     name: str, seconds: float, work: Callable[[Run], Iterable[Row]], needs: tuple[Needed, ...] = (), calls: int = 0
 ) -> Item:
     return Item("a", name, seconds, work, needs=needs, calls=calls, about={"case": name, "contestant": "fastlora triton"})
-
-
-def _config(arch: int, dtype: torch.dtype, rows: int, width: int, rank: int = 16, **more: Any) -> Config:
-    call = tiles.Call(arch, "half", tiles.padded_rank(rank), True)
-    return Config(call, dtype, (True,) * 3, width, rows, rank, **more)
 
 
 def _facts(check: Callable[..., dict[str, Any]], run: Run) -> Iterator[Row]:
@@ -129,11 +122,9 @@ def _table(device: str, m: int, k: int, smoke: bool, ranks: tuple[int, ...] = (2
 
 def _table_item(row: TableRow, arch: int) -> Item:
     layer = row.layer
-    call = tiles.Call(arch, row.precision, tiles.padded_rank(layer.rank), layer.spec.dropout > 0)
-    config = Config(call, layer.dtype, (True,) * 3, layer.k, row.m, layer.rank)
+    config = packed(arch, layer.dtype, row.m, layer.k, layer.rank, layer.spec.dropout, precision=row.precision)
     name = f"table, {row.name}, {row.m} rows, width {layer.k}"
-    seconds = JUDGED["large" if row.m > 10_000 else "small"]
-    return _check(name, seconds, functools.partial(_judge, row), (needed(config),), 2)
+    return _check(name, at(row.m, JUDGED), functools.partial(_judge, row), (needed(config),), 2)
 
 
 def _judge(row: TableRow, run: Run) -> Iterator[Row]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from rows import ROOT, read_rows
+
 from .items import Item, Row
 
-__all__ = ["History", "complete_lines", "rows_of", "tree"]
+__all__ = ["History", "tree"]
 
-ROOT = Path(__file__).resolve().parents[2]
 TRIES = 2  # an item that has failed so often is left
 
 
@@ -24,19 +24,6 @@ def tree(root: Path = ROOT) -> str:
             if path.suffix in (".py", ".c", ".h"):
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def complete_lines(path: Path) -> None:
-    """Cut off a line that a killed process has left unfinished, so that the next row begins one."""
-    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-
-
-def rows_of(path: Path) -> list[Row]:
-    """The rows of a file, without a line that is still being written."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class History:
@@ -56,7 +43,7 @@ class History:
         files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*.jsonl")))]
         for file in dict.fromkeys(file.resolve() for file in files):
             counts = False
-            for row in rows_of(file):
+            for row in read_rows(file):
                 if row["row"] == "run":
                     counts = all(row.get(key) == value for key, value in same.items())
                 elif counts:

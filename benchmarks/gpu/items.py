@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastlora.kernels.launch import Launch
 
-__all__ = ["CANARY", "PARTS", "Item", "Needed", "Row"]
+__all__ = ["CANARY", "PARTS", "Item", "Needed", "Row", "at"]
 
 Row = dict[str, Any]
 CANARY = "a"
@@ -25,6 +25,11 @@ PARTS = {
     "g": "torch.compile of the textbook",
     "i": "the tests marked gpu",
 }
+
+
+def at(rows: int, seconds: dict[str, float]) -> float:
+    """Which of the seconds for "large" and "small" numbers of rows these are."""
+    return seconds["large" if rows > 10_000 else "small"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from measure import Timing, by_clock, by_events, by_graph, peak_memory, saved_by
 from ops import CONTESTANTS, Contestant, FastLoRA, bind, gate, phase_calls
 from shapes import Case, InputSet
 
-from .ahead import needed
-from .items import Item, Row
+from .ahead import needed, packed
+from .items import Item, Row, at
 from .run import Run
 
-__all__ = ["bits_items", "config", "items"]
+__all__ = ["bits_items", "config", "input_sets", "items"]
 
 PHASES = ("forward", "backward", "both")
 SAMPLE = 0.06  # seconds given to one measurement by one method: 50 to 200 calls at these shapes
@@ -47,17 +47,16 @@ def cases(rows: tuple[int, ...], device: str, smoke: bool) -> list[Case]:
 
 
 def config(case: Case, arch: int) -> Config:
-    """A case's class of calls and shape, as sm_{arch} takes them."""
-    call = tiles.Call(arch, tiles.precision_of(case.dtype), tiles.padded_rank(case.rank), case.dropout > 0)
-    assert case.n == case.k * case.groups and case.dropout in (0.0, 0.25), "the compiler's classes are packed q, k, v"
-    return Config(call, case.dtype, (True,) * case.groups, case.k, case.m, case.rank)
+    """A case's class of calls and shape."""
+    assert (case.kind, case.n) == ("qkv", 3 * case.k)
+    return packed(arch, case.dtype, case.m, case.k, case.rank, case.dropout, precision=tiles.precision_of(case.dtype))
 
 
 def input_sets(case: Case, device: torch.device) -> list[InputSet]:
     """As many sets as together are three times the L2, so that none is still there when its turn comes again."""
     first = InputSet.draw(case, 1)
     if device.type != "cuda":
-        return [first, InputSet.draw(case, 2)]
+        return [first]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     count = max(2, min(12, math.ceil(3 * cache / first.nbytes())))
     return [first, *(InputSet.draw(case, number) for number in range(2, count + 1))]
@@ -75,7 +74,7 @@ def items(part: str, rows: tuple[int, ...], arch: int, device: str, smoke: bool)
             if contestant.compiles != compiles:
                 continue
             ours = isinstance(contestant, FastLoRA) and contestant.backend == "triton"
-            setup = SETUP["large" if case.m > 10_000 else "small"] + COMPILES * compiles
+            setup = at(case.m, SETUP) + COMPILES * compiles
             found.append(
                 Item(
                     part,

@@ -6,13 +6,13 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 import ops
-from machine import Ceilings, Rows
+from machine import Ceilings, ceilings
+from rows import Rows
 
 from .ahead import Ahead
 from .history import History
@@ -32,14 +32,11 @@ class Run:
         smoke: tiny sizes.
         history: what was done before; it learns what is done now.
         ahead: the kernels being compiled.
-        out: the folder that the user named.
     """
 
-    def __init__(
-        self, device: torch.device, rows: Rows, deadline: float, smoke: bool, history: History, ahead: Ahead, out: Path
-    ) -> None:
+    def __init__(self, device: torch.device, rows: Rows, deadline: float, smoke: bool, history: History, ahead: Ahead) -> None:
         self.device, self.rows, self.deadline, self.smoke = device, rows, deadline, smoke
-        self.history, self.ahead, self.out = history, ahead, out
+        self.history, self.ahead = history, ahead
         self.broken = False
         self._kept: tuple[object, Any] | None = None
         self._ceilings: Ceilings | None = None
@@ -55,8 +52,6 @@ class Run:
 
     def ceilings(self) -> Ceilings:
         """GEMM speed and copy bandwidth of this GPU, measured when they are first asked for."""
-        from machine import ceilings
-
         if self._ceilings is None:
             dtype, tiny = (torch.float32, True) if self.smoke else (torch.bfloat16, False)
             self._ceilings = ceilings(self.device, dtype, 0.01 if tiny else 1.0, size=128 if tiny else None)

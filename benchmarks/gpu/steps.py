@@ -18,13 +18,12 @@ from torch import Tensor
 import expected
 import expected.steps as counted
 from baselines import TRAINEES, Job, Trainee, inputs
-from fastlora.kernels import tiles
 from fastlora.kernels.compile import NEEDS, Config
 from measure import Timing, by_clock, by_events
 from step_gate import FEW
 from steps import checked
 
-from .ahead import needed, tower
+from .ahead import needed, packed, tower
 from .items import Item, Needed, Row
 from .run import Run
 
@@ -63,7 +62,8 @@ def _needed(job: Job, name: str, arch: int) -> tuple[Needed, ...]:
     """What a step of one of ours starts, its gate and `drops_out` before it, whose images and classes are few."""
 
     def config(rows: int, width: int, dropout: bool, identities: bool) -> Config:
-        return Config(tiles.Call(arch, "half", 16, dropout), torch.bfloat16, (True,) * 3, width, rows, job.rank, identities)
+        rate = job.dropout if dropout else 0.0
+        return packed(arch, torch.bfloat16, rows, width, job.rank, rate, identities=identities)
 
     image, text = WIDTHS
     if name == "fastlora, host's encoders":  # whole prompts, and every row by its number

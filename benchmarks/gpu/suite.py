@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT
+from rows import ROOT
 
 from .items import Item, Row
 from .run import Run

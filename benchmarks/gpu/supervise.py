@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .history import complete_lines, rows_of
+from rows import append, complete_lines, read_rows
+
 from .items import Row
 
 __all__ = ["LOST", "Watch", "supervise"]
@@ -48,7 +48,7 @@ class Watch:
         if not self.path.exists() or (size := self.path.stat().st_size) == self.size:
             return
         self.size = size
-        for row in rows_of(self.path)[len(self.rows) :]:
+        for row in read_rows(self.path)[len(self.rows) :]:
             self.rows.append(row)
             if row["row"] == "begin":
                 self.current, self.since = row, time.monotonic()
@@ -62,8 +62,7 @@ class Watch:
     def note(self, row: Row) -> None:
         """Add a row for what the worker could not say itself."""
         complete_lines(self.path)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.path, row)
         self.look()
 
 

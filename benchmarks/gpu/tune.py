@@ -13,11 +13,11 @@ import torch
 from fastlora.kernels import tiles
 from measure import by_clock, by_graph
 from ops import FastLoRA, bind, gate, phase_calls
-from shapes import Case, InputSet
+from shapes import Case
 
 from .ahead import needed
-from .items import Item, Row
-from .layers import config
+from .items import Item, Row, at
+from .layers import config, input_sets
 from .run import Run
 
 __all__ = ["items"]
@@ -100,7 +100,7 @@ def items(arch: int, device: str, smoke: bool) -> list[Item]:
     """An item for every trial of every case."""
     found = []
     for case in cases(device, smoke):
-        setup = SETUP["large" if case.m > 10_000 else "small"]
+        setup = at(case.m, SETUP)
         for trial in trials(case, arch, smoke):
             found.append(
                 Item(
@@ -134,12 +134,6 @@ class _Triton(FastLoRA):
         return None
 
 
-def _sets(case: Case) -> list[InputSet]:
-    """Together more than the L2; one is enough for an interpreter."""
-    count = 1 if case.device == "cpu" else 8 if case.m < 20_000 else 2
-    return [InputSet.draw(case, number) for number in range(1, count + 1)]
-
-
 def measure(trial: Trial, run: Run) -> Iterator[Row]:
     """The time of one trial that is right."""
     contestant = _Triton("triton")
@@ -151,8 +145,7 @@ def measure(trial: Trial, run: Run) -> Iterator[Row]:
         if red := [line for ok, line in gate(contestant, trial.case) if not ok]:
             yield row | {"refused": red}
             return
-        calls = phase_calls(
-            [bind(contestant, inputs) for inputs in run.keep(trial.case, functools.partial(_sets, trial.case))], trial.phase
-        )
+        sets = run.keep(trial.case, functools.partial(input_sets, trial.case, run.device))
+        calls = phase_calls([bind(contestant, inputs) for inputs in sets], trial.phase)
         timing = by_graph(calls, stream, SAMPLE) if stream else by_clock(calls, run.device, 0.0, least=1)
         yield row | timing.row() | {"tflops": trial.case.work(trial.phase)[0] / timing.median / 1e12}
