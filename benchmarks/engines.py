@@ -85,8 +85,8 @@ def plainly(model: Any, recipe: Recipe, data: Prepared, tokens: Tensor, normalis
 def run(name: str, root: Path | None, way: str, seed: int, shared: Shared) -> dict[str, Any]:
     """Accuracy in percent after training one way, and the seconds of training."""
     recipe = Recipe(seed=seed, **SETS[name], **COMMON)
-    loaded = models.load(recipe.model, recipe.pretrained, CPU)
-    data = prepare(datasets.load(name, root or Path()), recipe, loaded.size, QUIET, shared)
+    loaded = models.load(recipe.model, recipe.pretrained, CPU, recipe.quick_gelu)
+    data = prepare(datasets.load(name, root or Path()), recipe, loaded.framing, QUIET, shared)
     tokens = loaded.tokenise(data.templates, data.dataset.classes)
     normalise = Normalise(loaded.mean, loaded.std, CPU)
     torch.manual_seed(seed)

@@ -127,7 +127,7 @@ def engines(args: argparse.Namespace) -> dict[str, Any]:
 
     def begin(engine: str) -> Loop:
         loaded = models.load(recipe.model, recipe.pretrained, device)
-        data = prepare(datasets.load("digits"), recipe, loaded.size, quiet, Shared())
+        data = prepare(datasets.load("digits"), recipe, loaded.framing, quiet, Shared())
         tokens = loaded.tokenise(data.templates, data.dataset.classes).to(device)
         torch.manual_seed(recipe.seed)
         fastlora.patch(loaded.model, recipe.lora)

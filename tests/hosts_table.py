@@ -188,8 +188,8 @@ def exported(host: Host) -> str:
     model = patched(host)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         adapted = host.outputs(model)
-        fastlora.save(model, f"{folder}/merged", format="merged")
-        path = Path(folder) / "merged"
+        path = Path(folder) / ("merged" if hasattr(model, "save_pretrained") else "merged.safetensors")
+        fastlora.save(model, path, format="merged")
         if path.is_dir():
             other = type(plain(host)).from_pretrained(path)
         else:

@@ -11,8 +11,9 @@ from PIL import Image
 from rich.console import Console
 
 from fastlora.fewshot import images
+from fastlora.fewshot.crops import Normalise
 from fastlora.fewshot.datasets import Item
-from fastlora.fewshot.images import Decoded, EvalImages, Unreadable, centre_crop, decode_training, open_rgb
+from fastlora.fewshot.images import Decoded, EvalImages, Framing, Unreadable, decode_training, framed, open_rgb
 from pictures import photo
 
 QUIET = Console(quiet=True)
@@ -79,7 +80,7 @@ class TestModes:
         item = saved(tmp_path, Image.new("RGB", (1, 1), (1, 2, 3)))
         image, done = open_rgb(item)
         assert done == {"smaller than 8 pixels, kept"}
-        assert centre_crop(image, 16).flatten(1).unique(dim=1).tolist() == [[1], [2], [3]]
+        assert framed(image, Framing(16)).flatten(1).unique(dim=1).tolist() == [[1], [2], [3]]
 
 
 class TestBroken:
@@ -140,19 +141,38 @@ class TestTraining:
         assert into.broken == {}
 
 
-class TestCentreCrop:
+class TestFraming:
+    @pytest.mark.parametrize("shape", [(300, 400), (301, 200), (64, 64), (33, 47), (50, 390)])
+    @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+    @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+    def test_gives_the_pixels_of_open_clips_own_transform(
+        self, shape: tuple[int, int], resize_mode: str, interpolation: str
+    ) -> None:
+        from open_clip.transform import image_transform
+
+        image = Image.fromarray(photo(*shape, 3))
+        framing = Framing(64, resize_mode, interpolation, fill_color=100)
+        mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+        theirs = image_transform(64, False, mean, std, resize_mode, interpolation, fill_color=100)(image)
+        ours = Normalise(mean, std, torch.device("cpu"))(framed(image, framing)[None])[0]
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+    def test_refuses_what_it_does_not_know(self) -> None:
+        with pytest.raises(ValueError, match="unknown resize_mode 'stretch': choose from shortest, squash, longest"):
+            Framing(64, "stretch")
+
     @pytest.mark.parametrize("shape", [(300, 400), (301, 200), (64, 64), (33, 47), (9, 500)])
     def test_equals_torchvisions_on_pillow(self, shape: tuple[int, int]) -> None:
         from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
         image = Image.fromarray(photo(*shape, 3))
         expected = Compose([Resize(64, InterpolationMode.BICUBIC), CenterCrop(64)])(image)
-        difference = (centre_crop(image, 64).int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()).abs()
+        difference = (framed(image, Framing(64)).int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()).abs()
         # cutting a very long image to its middle first can shift the grid by a fraction of a pixel
         assert difference.max() == 0 if max(shape) <= 8 * min(shape) else difference.float().mean() < 8
 
     def test_a_stripe_takes_little_memory(self) -> None:
-        assert centre_crop(Image.new("RGB", (20000, 1), (9, 9, 9)), 64).unique().tolist() == [9]
+        assert framed(Image.new("RGB", (20000, 1), (9, 9, 9)), Framing(64)).unique().tolist() == [9]
 
 
 class TestEvalImages:
@@ -166,7 +186,7 @@ class TestEvalImages:
     def test_batches_in_order_without_the_broken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
         if not keep:
             monkeypatch.setattr(images, "available_memory", lambda: 0)
-        test = EvalImages(self.items(tmp_path), 16, QUIET)
+        test = EvalImages(self.items(tmp_path), Framing(16), QUIET)
         for _ in range(2):
             batches = list(test.batches(2))
             assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 3, 4]

@@ -107,9 +107,10 @@ class TestTemplates:
         assert torch.equal(class_features(features, 6), F.normalize(features, dim=-1))
 
     def test_tokens_go_class_by_class(self) -> None:
+        from fastlora.fewshot.images import Framing
         from fastlora.fewshot.models import LoadedModel
 
-        loaded = LoadedModel(None, lambda texts: torch.tensor([[len(t)] for t in texts]), 8, (), ())
+        loaded = LoadedModel(None, lambda texts: torch.tensor([[len(t)] for t in texts]), Framing(8), (), ())
         assert loaded.tokenise(("{}", "a {}"), ("x", "xyz")).tolist() == [[[1], [3]], [[3], [5]]]
 
     def test_a_run_with_several_and_its_test_again(self, model: str, folder: Path, plain: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_run_after_others_is_the_run_alone(model: str, folder: Path, tmp_path:
 
 def test_the_model_comes_back_as_it_was(model: str, folder: Path, tmp_path: Path) -> None:
     shared = Shared()
-    with shared.model(model, None, torch.device("cpu"), False) as loaded:
+    with shared.model(Recipe(model=model, pretrained=None), torch.device("cpu")) as loaded:
         host = loaded.model
     before = state(host), {name: tensor.clone() for name, tensor in host.state_dict().items()}
     for number, changes in enumerate(CHANGES):
@@ -69,7 +69,7 @@ def test_the_model_comes_back_as_it_was(model: str, folder: Path, tmp_path: Path
                 run(model, folder, tmp_path / str(number), shared, **changes)
         else:
             run(model, folder, tmp_path / str(number), shared, **changes)
-        with shared.model(model, None, torch.device("cpu"), False) as loaded:
+        with shared.model(Recipe(model=model, pretrained=None), torch.device("cpu")) as loaded:
             assert loaded.model is host
             assert state(host) == before[0]
             assert all(torch.equal(tensor, before[1][name]) for name, tensor in host.state_dict().items())
@@ -78,7 +78,7 @@ def test_the_model_comes_back_as_it_was(model: str, folder: Path, tmp_path: Path
 def test_nothing_is_loaded_or_decoded_twice(model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, opened = [], []
     load, open_rgb = models.load, images.open_rgb
-    monkeypatch.setattr(models, "load", lambda *a: loaded.append(a) or load(*a))
+    monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     monkeypatch.setattr(images, "open_rgb", lambda item: opened.append(item.name) or open_rgb(item))
     data = tmp_path / "d"
     make_folder(data / "train", ["a", "b"], images=4)

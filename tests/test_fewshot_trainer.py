@@ -317,9 +317,9 @@ class TestResume:
     ) -> None:
         load = models.load
 
-        def signalled(*arguments: Any) -> Any:
+        def signalled(*arguments: Any, **options: Any) -> Any:
             os.kill(os.getpid(), signal.SIGINT)
-            return load(*arguments)
+            return load(*arguments, **options)
 
         monkeypatch.setattr(models, "load", signalled)
         with pytest.raises(Interrupted) as stopped:

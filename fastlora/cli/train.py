@@ -57,6 +57,15 @@ def train(
             help="An open_clip tag or a checkpoint file; none for random weights. mini has its own.", rich_help_panel=MODEL
         ),
     ] = "openai",
+    quick_gelu: Annotated[
+        bool | None,
+        typer.Option(
+            "--quick-gelu/--no-quick-gelu",
+            help="Whether a checkpoint file was trained with QuickGELU.",
+            rich_help_panel=MODEL,
+            show_default="what the weights say; else asked for",
+        ),
+    ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(
@@ -206,8 +215,8 @@ def train(
     reading = valid(lambda: Reading(class_names, image_column, label_column, split_column, validation))
     recipe = valid(
         lambda: Recipe(
-            model=model, pretrained=_pretrained(model, pretrained), method=method, shots=shots, iterations=iterations,
-            batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas,
+            model=model, pretrained=_pretrained(model, pretrained), quick_gelu=quick_gelu, method=method, shots=shots,
+            iterations=iterations, batch_size=batch_size, lr=lr, lr_min=lr_min, weight_decay=weight_decay, betas=betas,
             template=one_or_all(datasets.prompts(template)) if template else None,
             crop_scale=crop_scale, flip=flip, max_side=max_side, seed=seed, kl_weight=kl_weight,
             kl_temperature=kl_temperature, lr_ratio=lr_ratio, average=average, share_prefix=share_prefix,

@@ -79,9 +79,9 @@ def measure(recipe: Recipe, console: Console) -> list[Cost]:
     The rivals run the host's own encode_image and encode_text, fastlora its own, which give the same features.
     """
     device = torch.device("cpu")
-    loaded = models.load(recipe.model, recipe.pretrained, device)
+    loaded = models.load(recipe.model, recipe.pretrained, device, recipe.quick_gelu)
     quiet = Console(quiet=True)
-    data = prepare(datasets.load("digits"), recipe, loaded.size, quiet, Shared())
+    data = prepare(datasets.load("digits"), recipe, loaded.framing, quiet, Shared())
     tokens = loaded.tokenizer(data.prompts())
     trained = data.training_set(recipe, loaded, device, quiet)
     draw = Draws(recipe, trained.store.sizes, trained.flip)(0)

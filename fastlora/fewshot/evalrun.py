@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .. import checkpoint as adapters
@@ -22,7 +23,7 @@ from .recipe import Recipe, one_or_all, prompts_for
 from .runfolder import RunFolder, atomic, write_json
 from .signals import Signals
 
-__all__ = ["adapt", "finished", "run"]
+__all__ = ["adapt", "finished", "loaded_for", "run"]
 
 
 def run(
@@ -66,13 +67,12 @@ def run(
             notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
     datasets.check_test(dataset, items)
     with Signals("run it again"), current(device):
-        models.check(recipe.model, recipe.pretrained)
-        loaded = models.load(recipe.model, recipe.pretrained, device)
+        loaded = loaded_for(config, recipe, device, console)
         prompts = prompts_for(template or config["template"], dataset.template, dataset.own_template)
         prompt = one_or_all(prompts)
         tokens = loaded.tokenise(prompts, dataset.classes).to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
-        test = EvalImages(items, loaded.size, console)
+        test = EvalImages(items, loaded.framing, console)
         exam = Exam("test", dataset.classes, test, tokens)
         rest = (exam, normalise, dtype, console)
         begun = time.monotonic()
@@ -120,6 +120,21 @@ def finished(folder: RunFolder) -> tuple[dict[str, Any], Recipe]:
     if not folder.metrics.is_file():
         raise UserError(f"the run in {folder.path} is not finished: go on with it by fastlora train … --resume")
     return config, recipe
+
+
+def loaded_for(config: dict[str, Any], recipe: Recipe, device: torch.device, console: Console) -> models.LoadedModel:
+    """Build the model that a run began with.
+
+    Raises:
+        UserError: it cannot be built, or is another network now than config.json describes.
+    """
+    old = "network" not in config  # written before runs kept it: what was built then is built again
+    models.check(recipe.model, recipe.pretrained, recipe.quick_gelu, assume=old)
+    loaded = models.load(recipe.model, recipe.pretrained, device, recipe.quick_gelu, assume=old)
+    models.check_network(config, loaded, "the run")
+    for note in loaded.notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+    return loaded
 
 
 def adapt(model: Any, recipe: Recipe, folder: RunFolder) -> None:

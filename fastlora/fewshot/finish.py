@@ -9,10 +9,13 @@ import torch
 from rich.console import Console
 
 from .. import checkpoint as adapters
+from ..checkpoint.files import write_safetensors
+from ..checkpoint.merged import metadata
 from . import memory, report, summary
 from .job import NEW, TEST, Job
 from .loop import Loop
 from .methods import coop
+from .models import LoadedModel
 from .prepare import Prepared
 from .recipe import one_or_all
 from .result import Result
@@ -21,23 +24,15 @@ from .runfolder import RunFolder, atomic, write_json
 __all__ = ["finish", "save"]
 
 
-def save(model: torch.nn.Module, context: coop.ContextEmbedding | None, folder: RunFolder, job: Job) -> None:
+def save(loaded: LoadedModel, context: coop.ContextEmbedding | None, folder: RunFolder, job: Job) -> None:
     """Write what was trained."""
     if job.recipe.method == "lora":
-        adapters.save(model, folder.adapter)
+        adapters.save(loaded.model, folder.adapter)
     elif context is not None:
         with atomic(folder.context) as temporary:
             coop.save(context, temporary)
     elif not job.brief:
-        _save_model(model, folder)
-
-
-def _save_model(model: torch.nn.Module, folder: RunFolder) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic(folder.model) as temporary:
-        save_file(tensors, temporary)
+        write_safetensors(folder.model, loaded.model.state_dict(), metadata(loaded.network))
 
 
 def finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, Result], all_after: dict[str, Result],

@@ -1,7 +1,7 @@
 """Images in memory: decoded once, in parallel, kept as uint8.
 
 Training images keep their own size (longer ones are shrunk once), because crops are drawn from them at every step; test images
-are resized and centre-cropped at once. All become upright RGB, transparency is laid on white.
+are made square at once, as the model was trained to see them. All become upright RGB, transparency is laid on white.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from ..progress import bar
 from .datasets import Item, Lazy
 
 __all__ = [
-    "IMAGES", "Decoded", "EvalImages", "Unreadable", "available_memory", "centre_crop", "decode_training", "gib", "open_rgb",
-    "thumbnail", "training_image",
+    "IMAGES", "Decoded", "EvalImages", "Framing", "Unreadable", "available_memory", "decode_training", "framed", "gib",
+    "open_rgb", "thumbnail", "training_image",
 ]  # fmt: skip
 
 BICUBIC = Image.Resampling.BICUBIC
+RESAMPLING = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # An image this many times longer than wide is cut to that ratio first: what is cut never reaches the centre crop.
 LONGEST_RATIO = 8
 TINY = 8
@@ -143,16 +144,55 @@ def _cut(image: Image.Image) -> Image.Image:
     return image.crop((left, top, min(w, left + longest), min(h, top + longest)))
 
 
-def centre_crop(image: Image.Image, size: int) -> Tensor:
-    """Shorter side resized to `size` (bicubic, antialiased), centre cut out: uint8 (3, size, size), as CLIP's own transform."""
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """How a model wants a test image made square, in open_clip's words.
+
+    Args:
+        size: its side in pixels.
+        resize_mode: "shortest" (resize the shorter side, cut out the centre), "squash" (resize both sides, whatever the ratio)
+            or "longest" (resize the longer side, pad the other).
+        interpolation: "bicubic" or "bilinear", antialiased.
+        fill_color: grey level of the padding, 0 to 255.
+    """
+
+    size: int
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+    fill_color: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("resize_mode", self.resize_mode, ("shortest", "squash", "longest")),
+            ("interpolation", self.interpolation, tuple(RESAMPLING)),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+
+
+def framed(image: Image.Image, framing: Framing) -> Tensor:
+    """Make an RGB image square: uint8 (3, size, size), the pixels that open_clip's own transform gives."""
+    size, resample = framing.size, RESAMPLING[framing.interpolation]
+    if framing.resize_mode == "squash":
+        return to_tensor(image.resize((size, size), resample))
+    if framing.resize_mode == "longest":
+        return to_tensor(_padded(image, framing))
     image = _cut(image)
     w, h = image.size
     short = min(w, h)
     if (w, h) != (size, size):
         w, h = (size if side == short else int(size * side / short) for side in (w, h))
-        image = image.resize((w, h), BICUBIC)
+        image = image.resize((w, h), resample)
     left, top = round((w - size) / 2), round((h - size) / 2)
     return to_tensor(image.crop((left, top, left + size, top + size)))
+
+
+def _padded(image: Image.Image, framing: Framing) -> Image.Image:
+    longest, size = max(image.size), framing.size
+    w, h = (max(1, round(side * size / longest)) for side in image.size)
+    canvas = Image.new("RGB", (size, size), (framing.fill_color,) * 3)
+    canvas.paste(image.resize((w, h), RESAMPLING[framing.interpolation]), ((size - w) // 2, (size - h) // 2))
+    return canvas
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -241,13 +281,13 @@ class EvalImages:
     After the first pass `items` holds those that can be read, in order, and `decoded` what was left out or converted.
     """
 
-    def __init__(self, items: Sequence[Item], size: int, console: Console) -> None:
+    def __init__(self, items: Sequence[Item], framing: Framing, console: Console) -> None:
         self.items = list(items)
-        self.size = size
+        self.framing = framing
         self.decoded = Decoded()
         self._console = console
         self._kept: list[tuple[Tensor, Tensor]] | None = None
-        self._expected = len(self.items) * 3 * size * size
+        self._expected = len(self.items) * 3 * framing.size**2
         self._keep = self._expected <= KEEP_SHARE * available_memory()
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -292,12 +332,12 @@ class EvalImages:
             image, done = open_rgb(item)
         except Unreadable as error:
             return str(error)
-        return centre_crop(image, self.size), done
+        return framed(image, self.framing), done
 
 
 def thumbnail(item: Item, size: int) -> Image.Image:
-    """What the model saw of a test image, as an RGB image of size × size pixels."""
-    return Image.fromarray(centre_crop(open_rgb(item)[0], size).permute(1, 2, 0).numpy())
+    """The centre of a test image, as an RGB image of size × size pixels."""
+    return Image.fromarray(framed(open_rgb(item)[0], Framing(size)).permute(1, 2, 0).numpy())
 
 
 def _map(items: Sequence[T], function: Callable[[T], R], tick: Callable[[], None] | None) -> list[R]:

@@ -14,24 +14,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.network import PREPROCESSING, Network
 from ..config import LoRAConfig
 from .errors import UserError
+from .images import Framing
+from .weights import WeightsFile, recognise, scripted_state
 
-__all__ = ["MINI", "LoadedModel", "check", "check_adapter", "load"]
+__all__ = ["MINI", "LoadedModel", "check", "check_adapter", "check_network", "load", "quiet"]
 
 MINI = "mini"
 SCHEMAS = ("hf-hub:", "local-dir:")
+TWIN = "-quickgelu"  # how open_clip names the config of a model with the other activation
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model and what its inputs look like: image side in pixels, mean and std of pixels in [0, 1], texts -> tokens."""
+    """A model and what its inputs look like.
+
+    Args:
+        tokenizer: texts -> token ids, int64 (n, context length).
+        framing: how a test image becomes square.
+        mean, std: of pixels in [0, 1], per channel.
+        network: all of that in one description, to be kept with what is trained.
+        architecture: the model's config in open_clip's words.
+        notes: what had to be assumed, one line each.
+    """
 
     model: Any
     tokenizer: Callable[[list[str]], Tensor]
-    size: int
+    framing: Framing
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    network: Network = dataclasses.field(default_factory=Network)
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The side of an image in pixels."""
+        return self.framing.size
 
     def tokenise(self, templates: Sequence[str], classes: Sequence[str]) -> Tensor:
         """The prompts of each class, int64 (classes, templates, length), on the CPU."""
@@ -39,26 +60,26 @@ class LoadedModel:
         return tokens.view(len(classes), len(templates), -1)
 
 
-def check(name: str, pretrained: str | None) -> dict[str, Any] | None:
-    """The config of the model called `name` (None where only the hub knows it).
+def check(name: str, pretrained: str | None, quick_gelu: bool | None = None, *, assume: bool = False) -> dict[str, Any] | None:
+    """Return the config of the model called `name`, or None where only the hub knows it. Arguments as for `load`.
 
     Raises:
-        UserError: no such model, tag or file; names the closest ones.
+        UserError: no such model, tag or file, with the closest ones; an activation that does not fit the weights; a file that
+            leaves it open.
     """
     import open_clip
 
     if name == MINI:
-        import json
-
         from .. import mini
 
-        return json.loads((Path(mini.__file__).parent / "config.json").read_text(encoding="utf-8"))
+        return mini.architecture()
     if name.startswith("hf-hub:"):
         return None
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"model {name}: no open_clip_config.json in {folder}")
+        _activation(name, None, None, quick_gelu)
         return open_clip.get_model_config(name)
     key = name.replace("/", "-")
     models = open_clip.list_models()
@@ -69,6 +90,7 @@ def check(name: str, pretrained: str | None) -> dict[str, Any] | None:
         if not Path(pretrained).is_file():
             known = _close(pretrained, tags) if tags else "it has no tags: give a file, or none"
             raise UserError(f"unknown pretrained tag or file {pretrained!r} for {name}: {known}")
+    _activation(key, pretrained, _file(key, pretrained), quick_gelu, [] if assume else None)
     return open_clip.get_model_config(key)
 
 
@@ -88,43 +110,139 @@ def check_adapter(config: dict[str, Any] | None, lora: LoRAConfig) -> None:
                 raise UserError(f"{error} (the {encoder} encoder)") from error
 
 
-def load(name: str, pretrained: str | None, device: torch.device) -> LoadedModel:
+def load(
+    name: str, pretrained: str | None, device: torch.device, quick_gelu: bool | None = None, *, assume: bool = False
+) -> LoadedModel:
     """Build the model, fp32 and in eval mode, on `device`.
 
-    Raises:
-        UserError: weights that cannot be fetched or do not fit.
-    """
-    import open_clip
+    Args:
+        quick_gelu: whether the weights were trained with QuickGELU, where they do not say so; None for what they say.
+        assume: take the activation of the model's config for a file that does not name its own, instead of asking.
 
+    Raises:
+        UserError: weights that cannot be fetched or do not fit, or leave their activation open.
+    """
+    notes: list[str] = []
     if name == MINI:
         from .. import mini
 
         try:
-            model, tokenizer = mini.load()
+            (model, tokenizer), architecture = mini.load(), mini.architecture()
         except FileNotFoundError as error:
             raise UserError(str(error)) from error
     else:
-        key = name if name.startswith(SCHEMAS) else name.replace("/", "-")
-        tag = open_clip.pretrained.get_pretrained_cfg(key, pretrained) if pretrained else {}
-        try:
-            with _quiet():
-                # weights trained with QuickGELU are wrong under GELU, and the tag knows which it was
-                quick = bool(tag.get("quick_gelu"))
-                model = open_clip.create_model(key, pretrained, force_quick_gelu=quick)
-                tokenizer = open_clip.get_tokenizer(key)
-        except Exception as error:  # open_clip raises bare RuntimeErrors, torch and the hub their own
-            reason = " ".join(str(error).split())[:200]
-            hint = "" if pretrained is None or Path(pretrained).is_file() else "; without internet give a checkpoint file"
-            raise UserError(f"cannot load {name} with pretrained {pretrained!r}: {reason}{hint}") from error
+        model, tokenizer, architecture = _open_clip(name, pretrained, quick_gelu, assume, notes)
     visual: Any = model.visual
-    size = visual.image_size
+    config = visual.preprocess_cfg
+    size = config["size"]
     if isinstance(size, Sequence):
         if len(set(size)) != 1:
             raise UserError(f"{name} takes images of {tuple(size)} pixels; only square ones are supported")
         size = size[0]
-    mean, std = (getattr(visual, attr, None) for attr in ("image_mean", "image_std"))
-    mean, std = mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
-    return LoadedModel(model.to(device).eval(), tokenizer, int(size), tuple(mean), tuple(std))
+    framing = Framing(int(size), config["resize_mode"], config["interpolation"], config["fill_color"])
+    network = Network.of(model, tokenizer)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return LoadedModel(model.to(device).eval(), tokenizer, framing, mean, std, network, architecture, tuple(notes))
+
+
+def check_network(config: dict[str, Any], loaded: LoadedModel, where: str) -> None:
+    """Raise UserError where `loaded` is another network than the one that a run's config.json describes."""
+    if "network" not in config:  # written before runs kept it
+        return
+    try:
+        trained = Network.from_dict(config["network"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: its config.json does not say which network was trained: {error!r}") from error
+    if told := trained.told(loaded.network):
+        raise UserError(f"{where} was trained as another network than {config['recipe']['model']} is now: {told}")
+
+
+def _open_clip(
+    name: str, pretrained: str | None, quick_gelu: bool | None, assume: bool, notes: list[str]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a model of open_clip, its tokenizer and its config."""
+    import open_clip
+
+    key = name if name.startswith(SCHEMAS) else name.replace("/", "-")
+    file = _file(key, pretrained)
+    quick = _activation(key, pretrained, file, quick_gelu, notes if assume else None)
+    options: dict[str, Any] = {"force_quick_gelu": quick} if quick else {"quick_gelu": False} if quick is False else {}
+    if file is not None:
+        options["force_preprocess_cfg"] = _preprocessing(key, file, Path(pretrained or ""), notes)
+    scripted = file is not None and file.scripted
+    try:
+        with quiet():
+            model = open_clip.create_model(key, None if scripted else pretrained, **options)
+            if scripted:
+                model.load_state_dict(scripted_state(Path(pretrained or "")))
+            return model, open_clip.get_tokenizer(key), open_clip.get_model_config(key)
+    except Exception as error:  # open_clip raises bare RuntimeErrors, torch and the hub their own
+        reason = " ".join(str(error).split())[:200]
+        hint = "" if pretrained is None or Path(pretrained).is_file() else "; without internet give a checkpoint file"
+        raise UserError(f"cannot load {name} with pretrained {pretrained!r}: {reason}{hint}") from error
+
+
+def _file(key: str, pretrained: str | None) -> WeightsFile | None:
+    """Return what a file of weights says of itself; None for a tag, for random weights, and where `key` brings its own."""
+    import open_clip
+
+    ours = pretrained is None or key.startswith(SCHEMAS) or open_clip.pretrained.is_pretrained_cfg(key, pretrained)
+    return None if ours else recognise(Path(str(pretrained)))
+
+
+def _activation(
+    key: str, pretrained: str | None, file: WeightsFile | None, asked: bool | None, assumed: list[str] | None = None
+) -> bool | None:
+    """Return whether the model is to be built with QuickGELU; None for what its own config says.
+
+    Args:
+        asked: what the user says.
+        assumed: where to note that the config's activation was taken for a file that leaves it open; None to ask instead.
+
+    Raises:
+        UserError: the user contradicts the weights, or a file leaves it open.
+    """
+    import open_clip
+
+    known: bool | None = bool(open_clip.get_model_config(key).get("quick_gelu"))
+    says = "its own config"
+    if not key.startswith(SCHEMAS):
+        config, known, says = known, known or None, f"the model {key}"
+        if file is not None and file.quick_gelu is not None:
+            known, says = file.quick_gelu, f"{pretrained} itself"
+        elif file is None and pretrained is not None:
+            tag = open_clip.pretrained.get_pretrained_cfg(key, pretrained)
+            known, says = bool(tag.get("quick_gelu")) or config, f"the tag {pretrained}"
+    if known is None and asked is None and file is not None and f"{key}{TWIN}" in open_clip.list_models():
+        if assumed is None:
+            raise UserError(
+                f"{pretrained} does not say whether it was trained with QuickGELU, and there is {key} with and without: add"
+                " --quick-gelu (weights of OpenAI, DFN and MetaCLIP) or --no-quick-gelu (LAION, DataComp and most others)"
+            )
+        assumed.append(f"{pretrained} does not say whether it was trained with QuickGELU: GELU is assumed, as for {key}")
+    if known is not None and asked is not None and asked != known:
+        right, wrong = ("QuickGELU", "--no-quick-gelu") if known else ("GELU", "--quick-gelu")
+        raise UserError(f"{wrong} contradicts {says}, which says {right}: leave it out")
+    return known if asked is None else asked
+
+
+def _preprocessing(key: str, file: WeightsFile, path: Path, notes: list[str]) -> dict[str, Any]:
+    """Return mean, std, interpolation and resize mode for a file: its own, or those that all tags of the model share."""
+    import open_clip
+
+    if file.preprocessing is not None:
+        return {name: value for name, value in file.preprocessing.items() if name != "size"}  # the model has its own
+    tags = [open_clip.pretrained.get_pretrained_cfg(key, tag) for tag in open_clip.list_pretrained_tags_by_model(key)]
+    forms = [{name: tag[name] for name in PREPROCESSING if name in tag} for tag in tags]
+    if file.scripted or not forms:
+        return {}
+    if all(form == forms[0] for form in forms):
+        return forms[0]
+    notes.append(
+        f"{path} does not say how its images were normalised: OpenAI's mean and standard deviation are assumed"
+        " (an open_clip_config.json beside it would say)"
+    )
+    return {}
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -139,7 +257,7 @@ def _close(name: str, names: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """open_clip and the hub log what we say in one line, or what was asked for (random weights)."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

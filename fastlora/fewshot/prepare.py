@@ -9,7 +9,7 @@ from rich.console import Console
 
 from . import datasets, models, sampling
 from .errors import UserError
-from .images import Decoded, EvalImages, decode_training
+from .images import Decoded, EvalImages, Framing, decode_training
 from .placement import TrainingSet, training_set
 from .recipe import Recipe, prompts_for
 from .shared import Shared
@@ -27,6 +27,7 @@ class Prepared:
     test: EvalImages
     templates: tuple[str, ...]
     flip: bool
+    remarks: tuple[str, ...] = ()  # on the model
 
     def prompts(self) -> list[str]:
         """Prompts, class by class, one for each template."""
@@ -40,13 +41,13 @@ class Prepared:
         """What was left out, shrunk or converted: one line each."""
         drawn, tested = self.decoded, self.test.decoded
         both = Decoded({}, drawn.broken | tested.broken, drawn.remarks | tested.remarks)
-        return [*self.dataset.notes, *self.shots.notes, *both.notes()]
+        return [*self.remarks, *self.dataset.notes, *self.shots.notes, *both.notes()]
 
 
 def prepare(
     dataset: datasets.Dataset,
     recipe: Recipe,
-    size: int,
+    framing: Framing,
     console: Console,
     shared: Shared,
     whole: datasets.Dataset | None = None,
@@ -84,7 +85,7 @@ def prepare(
         raise UserError(f"no test images in {dataset.name}: add a folder test beside train, or more images a class")
     flip = dataset.flip if recipe.flip is None else recipe.flip
     test = shared.once(
-        whole, ("test images", size, dataset.classes, names(shots.test)), lambda: EvalImages(shots.test, size, console)
+        whole, ("test images", framing, dataset.classes, names(shots.test)), lambda: EvalImages(shots.test, framing, console)
     )
     prompts = prompts_for(recipe.template, dataset.template, dataset.own_template)
     own = decoded.of([*broken, *(item.name for item in wanted)])

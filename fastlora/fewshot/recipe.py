@@ -34,6 +34,7 @@ class Recipe:
     Args:
         model: an open_clip model, or "mini" for the one that comes with the package.
         pretrained: an open_clip tag, a checkpoint file, or None for random weights; "mini" has its own.
+        quick_gelu: whether a checkpoint file was trained with QuickGELU, where it does not say so; None for what is known.
         method: "lora", "full" (full fine-tuning), "linear-probe" (logistic regression on frozen features), "tip-adapter-f" (a
             trained cache of the shots), "coop" (a learned context before the class names) or "zero-shot".
         shots: labelled images per class that are trained on.
@@ -65,6 +66,7 @@ class Recipe:
 
     model: str = "ViT-B-16"
     pretrained: str | None = "openai"
+    quick_gelu: bool | None = None
     method: str = "lora"
     shots: int = 16
     iterations: int | None = None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..patch import unpatch
 from ..record import config_of
 from . import datasets, models
+from .recipe import Recipe
 
 __all__ = ["Shared"]
 
@@ -45,14 +46,14 @@ class Shared:
         return self._datasets[key]
 
     @contextlib.contextmanager
-    def model(self, name: str, pretrained: str | None, device: torch.device, trained: bool) -> Iterator[models.LoadedModel]:
-        """Lend the model for one run, which may patch it; `trained`: the run may change its own weights too."""
-        key = name, pretrained, device
+    def model(self, recipe: Recipe, device: torch.device, assume: bool = False) -> Iterator[models.LoadedModel]:
+        """Lend the recipe's model for one run, which may patch it or train its own weights. `assume` as for `models.load`."""
+        key = recipe.model, recipe.pretrained, recipe.quick_gelu, device
         if self._model is None or self._model[0] != key:
             self._model = None  # the one before goes before the next one comes
-            self._model = key, models.load(name, pretrained, device)
+            self._model = key, models.load(recipe.model, recipe.pretrained, device, recipe.quick_gelu, assume=assume)
         loaded = self._model[1]
-        put_back = remember(loaded.model, trained)
+        put_back = remember(loaded.model, recipe.method == "full")
         try:
             yield loaded
         finally:

@@ -78,17 +78,23 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         others = {data: shared.dataset(data, job.root, datasets.Reading()) for data in job.also}
         for other in others.values():
             datasets.check_test(other)
-        models.check_adapter(models.check(recipe.model, recipe.pretrained), recipe.lora)
+        begun_as = RunFolder(job.out).read_config() if job.resume and RunFolder(job.out).config.is_file() else None
+        old = begun_as is not None and "network" not in begun_as  # what an earlier version built is built again
+        models.check_adapter(models.check(recipe.model, recipe.pretrained, recipe.quick_gelu, assume=old), recipe.lora)
         if job.resume:
             RunFolder(job.out).check_classes(dataset.classes)
         begun = time.monotonic()
-        loaded = lent.enter_context(shared.model(recipe.model, recipe.pretrained, device, recipe.method == "full"))
-        data = prepare(dataset, recipe, loaded.size, console, shared, whole, job.images)
+        loaded = lent.enter_context(shared.model(recipe, device, old))
+        if begun_as is not None:
+            models.check_network(begun_as, loaded, "the run to go on with")
+        data = prepare(dataset, recipe, loaded.framing, console, shared, whole, job.images)
+        data.remarks = loaded.notes
         timings = {"load model, decode training images": time.monotonic() - begun}
         folder.create()
         setting = {
             "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
+            "network": loaded.network.to_dict(),
         }  # fmt: skip
         write_json(folder.config, identity(recipe, job.called) | setting)
         split = {"train": [item.name for item in data.shots.train], "val": [item.name for item in data.shots.val]}
@@ -107,14 +113,14 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
 
         def held_out(about: datasets.Dataset) -> EvalImages:
             items = about.train if about.test is None else about.test
-            key = "test images", loaded.size, about.classes, names(items)
-            return shared.once(whole, key, lambda: EvalImages(items, loaded.size, console))
+            key = "test images", loaded.framing, about.classes, names(items)
+            return shared.once(whole, key, lambda: EvalImages(items, loaded.framing, console))
 
         exams = [exam(TEST, dataset, data.test)]
         exams += [exam(NEW, new, held_out(new))] if new is not None else []
         exams += [exam(name, other, held_out(other)) for name, other in others.items()]
         normalise = Normalise(loaded.mean, loaded.std, device)
-        frozen = recipe.model, recipe.pretrained, device, dtype
+        frozen = recipe.model, recipe.pretrained, recipe.quick_gelu, device, dtype
         begun = time.monotonic()
         before = {} if state is None else _restored(state["extra"]["zero_shot"], exams)
         for sat in exams:
@@ -151,7 +157,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             begun = time.monotonic()
             after = {sat.name: evaluate(loaded.model, sat, normalise, dtype, console, f"testing: {sat.name}") for sat in exams}
             timings["test"] = time.monotonic() - begun
-            save(loaded.model, context, folder, job)
+            save(loaded, context, folder, job)
         elif recipe.uses_frozen_features:
             features = partial(image_features, loaded.model, data.test, normalise, dtype, console, "features")
             test = shared.once(whole, ("test features", *frozen, data.test), features)
@@ -235,7 +241,7 @@ def _frozen(loaded: models.LoadedModel, data: Prepared, tokens: Tensor, test: tu
 
     def centre(items: tuple[datasets.Item, ...]) -> tuple[Tensor, Tensor]:
         kept = [item for item in items if item.name not in data.decoded.broken]
-        return image_features(loaded.model, EvalImages(kept, loaded.size, console), normalise, dtype, console, "features")
+        return image_features(loaded.model, EvalImages(kept, loaded.framing, console), normalise, dtype, console, "features")
 
     with torch.no_grad(), autocast(tokens.device, dtype):
         text = encode_prompts(loaded.model, tokens)

@@ -5,22 +5,31 @@ No weights can be downloaded on a machine without internet; the demo and the tes
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-__all__ = ["build", "load"]
+__all__ = ["architecture", "build", "load"]
 
 FOLDER = Path(__file__).parent
 
 
+def architecture() -> dict[str, Any]:
+    """Return the config in open_clip's words."""
+    return json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+
+
 def build() -> nn.Module:
     """The architecture with random weights: an open_clip CLIP, fp32, in eval mode."""
-    from open_clip.model import CLIP
+    from open_clip.model import CLIP, set_model_preprocess_cfg
+    from open_clip.transform import PreprocessCfg
 
-    return CLIP(**json.loads((FOLDER / "config.json").read_text())).eval()
+    model = CLIP(**architecture()).eval()
+    set_model_preprocess_cfg(model, dataclasses.asdict(PreprocessCfg(size=model.visual.image_size[0])))
+    return model
 
 
 def load() -> tuple[nn.Module, Any]:

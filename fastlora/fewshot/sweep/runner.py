@@ -35,9 +35,9 @@ def check(grid: Grid, place: Place, shared: Shared) -> None:
     device = choose_device(place.device)
     for run in grid.runs:
         choose_dtype(run.recipe.precision, device)
-    known: dict[tuple[str, str | None], Any] = {}
+    known: dict[tuple[str, str | None, bool | None], Any] = {}
     for run in grid.runs:
-        key = run.recipe.model, run.recipe.pretrained
+        key = run.recipe.model, run.recipe.pretrained, run.recipe.quick_gelu
         if key not in known:
             known[key] = models.check(*key)
         if run.recipe.method == "lora":

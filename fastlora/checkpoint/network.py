@@ -1,0 +1,196 @@
+"""Describe what a model computes besides its weights: activations, preprocessing, context length, tokenizer.
+
+The same weights under GELU and under QuickGELU are two models; so they are with images of another size, mean or resize mode. An
+adapter carries the description of the model that it was trained on, and `fastlora.load` compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["GELU", "PREPROCESSING", "QUICK_GELU", "Network", "activation_name"]
+
+GELU, QUICK_GELU = "gelu", "quick_gelu"
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    GELU: F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    QUICK_GELU: lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+# Dropout, Identity and the like have no parameters either: only what is named like an activation is called.
+_NAMED_LIKE_ONE = re.compile(r"gelu|relu|silu|swish|mish|sigmoid|tanh|act", re.IGNORECASE)
+# GELU and its tanh form differ by 5e-4 here, two implementations of either by rounding.
+_SAME = 1e-5
+PREPROCESSING = ("size", "mean", "std", "interpolation", "resize_mode")
+# The arguments of open_clip's create_model_and_transforms that set what differs.
+_OPTIONS = {"size": "force_image_size", "context length": "force_context_length"}
+_OPTIONS |= {name: f"image_{name}" for name in PREPROCESSING if name != "size"}
+# Ids that any two tokenizers are unlikely to share: case, accents, punctuation, numbers, another script, a rare word.
+_PROBES = ["a photo of a Cat.", "naïve café, 1234 & co.", "ПРИВЕТ 你好", "antidisestablishmentarianism"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a model computes besides its weights. None, or an absent key, is unknown and differs from nothing.
+
+    Args:
+        activation: part of the model (its first path component) -> name of the activation there.
+        preprocessing: of PREPROCESSING: "size" in pixels (a number, or height and width), "mean" and "std" of pixels in [0, 1],
+            "interpolation" and "resize_mode" in open_clip's words.
+        context_length: tokens of a prompt.
+        tokenizer: a digest of the ids that it gives to a few texts.
+    """
+
+    activation: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    context_length: int | None = None
+    tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Callable[[list[str]], Any] | None = None) -> Network:
+        """Describe `model`, and `tokenizer`: a function of texts to token ids, as open_clip's and transformers' are."""
+        return cls(_activations(model), _preprocessing(model), _context_length(model), tokenizer and _digest(tokenizer))
+
+    def differences(self, here: Network) -> dict[str, tuple[Any, Any]]:
+        """Return what is known of both and differs: name -> (value in self, value in `here`)."""
+        ours, theirs = _flat(self), _flat(here)
+        return {
+            name: (value, theirs[name]) for name, value in ours.items() if name in theirs and not _equal(value, theirs[name])
+        }
+
+    def told(self, here: Network) -> str:
+        """Return in words what `differences` gives: "activation of visual quick_gelu, here gelu"."""
+        return "; ".join(f"{name} {mine}, here {other}" for name, (mine, other) in self.differences(here).items())
+
+    def options_over(self, here: Network) -> dict[str, Any]:
+        """Return the arguments of open_clip's create_model_and_transforms that make this network of what is `here` without."""
+        options: dict[str, Any] = {}
+        for name, (mine, _) in self.differences(here).items():
+            if name.startswith("activation"):
+                options |= {"force_quick_gelu": True} if mine == QUICK_GELU else {"quick_gelu": False}
+            elif name in _OPTIONS:
+                options[_OPTIONS[name]] = tuple(mine) if isinstance(mine, list) else mine
+        return options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as written to an adapter's metadata and to config.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Network:
+        """Return the description that `to_dict` wrote.
+
+        Raises:
+            TypeError: the values are of another kind.
+        """
+        activation, preprocessing = values["activation"], values["preprocessing"]
+        context, tokenizer = values["context_length"], values["tokenizer"]
+        right = (
+            isinstance(activation, dict)
+            and isinstance(preprocessing, dict)
+            and all(isinstance(name, str) for name in activation.values())
+            and (context is None or isinstance(context, int))
+            and (tokenizer is None or isinstance(tokenizer, str))
+        )
+        if not right:
+            raise TypeError("the description of the network is not one that fastlora wrote")
+        return cls(activation, preprocessing, context, tokenizer)
+
+
+def activation_name(module: nn.Module) -> str:
+    """Return the name of the function that an activation computes, found by its values; of an unknown one its class."""
+    x = torch.linspace(-4, 4, 17, dtype=torch.float32, device="cpu")
+    try:
+        with torch.no_grad():
+            y = module.forward(x.clone())
+    except Exception:  # not a function of one tensor: its class has to say it
+        return type(module).__name__
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return type(module).__name__
+    known = (
+        name for name, function in _ACTIVATIONS.items() if torch.allclose(function(x), y.float().cpu(), atol=_SAME, rtol=0)
+    )
+    return next(known, type(module).__name__)
+
+
+def _activations(model: nn.Module) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for path, module in model.named_modules():
+        leaf = not module._modules and not module._parameters and not module._buffers
+        if leaf and path and _NAMED_LIKE_ONE.search(type(module).__name__):
+            found.setdefault(path.partition(".")[0], set()).add(activation_name(module))
+    return {part: "+".join(sorted(names)) for part, names in sorted(found.items())}
+
+
+def _preprocessing(model: Any) -> dict[str, Any]:
+    """Read it from where open_clip, OpenAI's clip, timm and transformers keep it."""
+    visual = getattr(model, "visual", model)
+    if isinstance(config := getattr(visual, "preprocess_cfg", None), Mapping):  # open_clip
+        return {name: _plain(config[name]) for name in PREPROCESSING if name in config}
+    if isinstance(config := getattr(model, "pretrained_cfg", None), Mapping):  # timm
+        found = {name: config.get(name) for name in ("mean", "std", "interpolation")} | {"size": _timm_size(model)}
+    else:
+        vision = getattr(getattr(model, "config", None), "vision_config", getattr(model, "config", None))  # transformers
+        sizes = (getattr(visual, name, None) for name in ("image_size", "input_resolution"))
+        found = {"size": next((size for size in sizes if size is not None), getattr(vision, "image_size", None))}
+        found |= {name: getattr(visual, f"image_{name}", None) for name in ("mean", "std")}
+    return {name: _plain(value) for name, value in found.items() if value is not None}
+
+
+def _timm_size(model: Any) -> Any:
+    return getattr(getattr(model, "patch_embed", None), "img_size", None)
+
+
+def _context_length(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", config)
+    places = (
+        (model, "context_length"),
+        (getattr(model, "text", None), "context_length"),
+        (text, "max_position_embeddings"),
+    )
+    found = (getattr(place, name, None) for place, name in places)
+    return next((int(length) for length in found if isinstance(length, (int, Tensor))), None)
+
+
+def _digest(tokenizer: Callable[[list[str]], Any]) -> str:
+    ids = tokenizer(_PROBES)
+    ids = ids["input_ids"] if isinstance(ids, Mapping) else ids
+    rows = ids.tolist() if isinstance(ids, Tensor) else [list(row) for row in ids]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON's form: lists for tuples, one number for a square size."""
+    if isinstance(value, (list, tuple)):
+        value = [v.item() if isinstance(v, Tensor) else v for v in value]
+        return value[0] if len(value) == 2 and value[0] == value[1] and isinstance(value[0], int) else value
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _flat(network: Network) -> dict[str, Any]:
+    values = {f"activation of {part}": name for part, name in network.activation.items()} | dict(network.preprocessing)
+    values |= {"context length": network.context_length, "tokenizer": network.tokenizer}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):  # means and deviations pass through JSON and fp32
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return abs(a - b) <= 1e-6 * max(abs(a), abs(b))
+    return bool(a == b)
