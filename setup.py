@@ -16,6 +16,7 @@ DEPENDENCIES = [
     "safetensors",
     "typer",
     "rich",
+    "filelock>=3.32",  # one owner of a run folder; since 3.32 removing the lock's file is left to its holder
     "scikit-learn",  # its digits are the data set of `fastlora demo`; its logistic regression is the linear probe
     "matplotlib",
     "tensorboard",

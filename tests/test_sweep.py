@@ -15,11 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from fastlora.fewshot.errors import Interrupted, UserError
+from fastlora.fewshot.lock import Busy
 from fastlora.fewshot.loop import Loop
 from fastlora.fewshot.shared import Shared
 from fastlora.fewshot.sweep import render, results, runner, tables
-from fastlora.fewshot.sweep.execute import BUSY, Place, execute, locked
+from fastlora.fewshot.sweep.execute import BUSY, Place, execute
 from fastlora.fewshot.sweep.grid import Grid, parse
+from owning import elsewhere
 from pictures import make_folder, pausing
 from waiting import wait
 
@@ -140,12 +142,12 @@ def test_a_run_that_fails_does_not_end_the_sweep(model: str, folder: Path, tmp_p
 
 def test_two_sweeps_in_one_folder(grid: Grid, tmp_path: Path) -> None:
     place = Place(tmp_path, grid.roots, "cpu")
-    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another sweep is at work"):
+    with elsewhere(tmp_path), pytest.raises(Busy, match=r"another process is at work in .*: process \d+ on .* since "):
         runner.sweep(grid, place, QUIET)
     run = grid.runs[0]
-    (tmp_path / run.name).mkdir()
-    with locked(tmp_path / run.name / ".lock"):
+    with elsewhere(tmp_path / run.name):
         assert execute(run, place, Shared()) == BUSY
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
