@@ -38,7 +38,7 @@ EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "dat
 EXTRAS["dev"] += [f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in EXTRAS["xformers"]]
 
 setup(
-    name="fastlora",
+    name="fastlora-clip",  # on the package index `fastlora` is another author's; what one imports is fastlora
     version="0.1.0",
     description="Fused LoRA for CLIP: Triton kernels, and few-shot training without waste",
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",

@@ -16,7 +16,7 @@ from fastlora.fewshot.sweep import results
 from pictures import command, make_folder, tiny_clip
 from waiting import HANG, wait
 
-pytest.importorskip("ray", reason="the Ray engine is an optional extra: pip install 'fastlora[ray]'")
+pytest.importorskip("ray", reason="the Ray engine is an optional extra: pip install ray")
 
 
 def owner(lock: Path) -> int:

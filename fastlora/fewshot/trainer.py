@@ -90,7 +90,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         timings = {"load model, decode training images": time.monotonic() - begun}
         folder.remove_leftovers()
         setting = {
-            "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
+            "fastlora": summary.own_version(), "data_name": dataset.name, "classes": list(dataset.classes),
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
         }  # fmt: skip
         write_json(folder.config, identity(recipe, job.called) | setting)
