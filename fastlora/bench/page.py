@@ -73,16 +73,16 @@ def save(rows: list[Row], folder: Path, title: str) -> list[Path]:
     Raises:
         UserError: files of these names are in `folder` that are not from here.
     """
+    path = folder / "page.html"
+    there = [name for name in (path.name, *(f"{name}.png" for name in PLOTS)) if (folder / name).exists()]
+    if there and not (path.is_file() and OURS in path.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"--out {folder} holds {', '.join(there)}, but no page of fastlora bench: choose another folder")
     text, drawn = page(rows, title), figures(rows)
     pictures = {}
     for name, figure in drawn.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
         pictures[folder / f"{name}.png"] = buffer.getvalue()
-    path = folder / "page.html"
-    there = [file.name for file in (path, *pictures) if file.exists()]
-    if there and not (path.is_file() and OURS in path.read_text(encoding="utf-8", errors="replace")):
-        raise UserError(f"--out {folder} holds {', '.join(there)}, but no page of fastlora bench: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     for picture, data in pictures.items():
