@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from fastlora.fewshot import trainer
+from fastlora.fewshot import evalrun, trainer
 from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.lock import Busy, check_free, owned
 from fastlora.fewshot.recipe import Recipe
@@ -167,6 +167,22 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not refused(tmp_path / "run")  # that process is dead
 
 
+QUIET = Console(quiet=True)
+
+
+def small(model: str, folder: Path, out: Path, **more: Any) -> Job:
+    recipe = Recipe(model=model, pretrained=None, shots=1, iterations=2, batch_size=2)
+    return Job(recipe, str(folder), out, device="cpu", **more)
+
+
+@pytest.fixture(scope="module")
+def finished(model: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    trainer.run(small(model, folder, out), QUIET)
+    return out
+
+
 class Running(NamedTuple):
     """A training in another process, held still in the middle."""
 
@@ -191,43 +207,32 @@ class TestARunAtWork:
 
     @pytest.mark.parametrize("what", ["same", "another seed", "resume", "link", "relative", "eval into", "eval of", "merge"])
     def test_is_left_alone(
-        self, fastlora: Any, running: Running, folder: Path, model: str, tmp_path: Path, monkeypatch: Any, what: str
+        self,
+        fastlora: Any,
+        running: Running,
+        finished: Path,
+        folder: Path,
+        model: str,
+        tmp_path: Path,
+        monkeypatch: Any,
+        what: str,
     ) -> None:
         out = str(running.out)
         (tmp_path / "link").symlink_to(out)
         monkeypatch.chdir(running.out.parent)
-        done = tmp_path / "done"
-        (done / "metrics.json").parent.mkdir()
         arguments = {
             "same": train_arguments(folder, running.out, model),
             "another seed": train_arguments(folder, running.out, model, "--seed", "5"),
             "resume": train_arguments(folder, running.out, model, "--checkpoint-steps", "1", "--resume"),
             "link": train_arguments(folder, tmp_path / "link", model, "--resume"),
             "relative": train_arguments(folder, Path("run"), model, "--resume"),
+            "eval into": ["eval", str(finished), str(folder), "--out", out],
             "eval of": ["eval", out, str(folder)],
             "merge": ["merge", out, "--out", str(tmp_path / "m.safetensors")],
         }
         before = contents(running.out)
-        if what == "eval into":
-            for name, text in (("config.json", json.dumps(config_of(running.out))), ("metrics.json", "{}")):
-                (done / name).write_text(text)
-            one_line(fastlora("eval", str(done), str(folder), "--out", out), "holds another result or files of yours")
-            assert f"process {running.process.pid} " in refused(running.out)
-        else:
-            one_line(fastlora(*arguments[what]), f"process {running.process.pid} on {os.uname().nodename} since ")
+        one_line(fastlora(*arguments[what]), f"process {running.process.pid} on {os.uname().nodename} since ")
         assert contents(running.out) == before and not (tmp_path / "m.safetensors").exists()
-
-
-def config_of(run: Path) -> Any:
-    return json.loads((run / "config.json").read_text())
-
-
-def small(model: str, folder: Path, out: Path, **more: Any) -> Job:
-    recipe = Recipe(model=model, pretrained=None, shots=1, iterations=2, batch_size=2)
-    return Job(recipe, str(folder), out, device="cpu", **more)
-
-
-QUIET = Console(quiet=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -259,11 +264,10 @@ def test_what_was_written_between_the_look_and_the_lock_is_seen(
 
 
 def test_a_finished_run_is_read_without_a_lock(
-    model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from a folder that may only be read."""
-    out = tmp_path / "run"
-    want = trainer.run(small(model, folder, out), QUIET)
+    want = json.loads((finished / "metrics.json").read_text())
 
     def written(*_: Any, **__: Any) -> Any:
         raise AssertionError("a reader wrote")
@@ -271,10 +275,8 @@ def test_a_finished_run_is_read_without_a_lock(
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(os, "mkdir", written)
     monkeypatch.setattr(FileLock, "acquire", written)
-    assert trainer.run(small(model, folder, out, resume=True), QUIET) == want
-    from fastlora.fewshot import evalrun
-
-    assert evalrun.run(RunFolder(out), str(folder), Path("data"), "cpu", None, None, QUIET)["accuracy"] == want["accuracy"]
+    assert trainer.run(small(model, folder, finished, resume=True), QUIET) == want
+    assert evalrun.run(RunFolder(finished), str(folder), Path("data"), "cpu", None, None, QUIET)["accuracy"] == want["accuracy"]
 
 
 class TestFilesOfTheUsers:
@@ -293,13 +295,13 @@ class TestFilesOfTheUsers:
         assert contents(tmp_path) == before
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_are_not_overwritten_by_a_test(self, fastlora: Any, model: str, folder: Path, tmp_path: Path, name: str) -> None:
-        trainer.run(small(model, folder, tmp_path / "run"), QUIET)
-        file = tmp_path / "out" / name
-        file.parent.mkdir(parents=True)
-        file.write_text("mine")
+    def test_are_not_overwritten_by_a_test(
+        self, fastlora: Any, finished: Path, folder: Path, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
         before = contents(tmp_path)
-        one_line(fastlora("eval", str(tmp_path / "run"), str(folder), "--out", str(tmp_path / "out")), name.partition("/")[0])
+        one_line(fastlora("eval", str(finished), str(folder), "--out", str(tmp_path)), name.partition("/")[0])
         assert contents(tmp_path) == before
 
     def test_lie_beside_a_run_untouched(self, model: str, folder: Path, tmp_path: Path) -> None:

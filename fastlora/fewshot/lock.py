@@ -67,18 +67,17 @@ def check_free(folder: Path) -> None:
 
 def _acquire(folder: Path, made: list[Path]) -> BaseFileLock:
     path = folder / LOCK
-    # one lock a path and thread: the same thread may take it again, another one may not
-    options = {"timeout": PATIENCE, "is_singleton": True}
     for _ in range(MOST_TRIES):
         try:
             _make(folder, made)
             try:
-                lock: BaseFileLock = FileLock(path, fallback_to_soft=False, on_acquired=_sign, **options)
+                # a singleton: one lock a path and thread, so that the same thread may take it again and another one not
+                lock: BaseFileLock = FileLock(path, PATIENCE, is_singleton=True, fallback_to_soft=False, on_acquired=_sign)
                 lock.acquire()
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                lock = SoftFileLock(folder / SOFT_LOCK, **options)
+                lock = SoftFileLock(folder / SOFT_LOCK, PATIENCE, is_singleton=True)
                 lock.acquire()
                 path.write_text(_whoami(), encoding="utf-8")
             return lock
@@ -123,7 +122,8 @@ def _whoami() -> str:
 
 def _sign(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, _whoami().encode(), 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, _whoami().encode())
 
 
 def _holder(folder: Path) -> str:

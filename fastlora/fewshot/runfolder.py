@@ -86,6 +86,7 @@ class RunFolder:
 
     def check_empty(self) -> None:
         """Raise UserError if something is here that would be overwritten: another result, or files of the user's."""
+        check_free(self.path)
         if there := self.holds():
             names = ", ".join(path.name for path in there)
             what = f"another result or files of yours ({names})"
