@@ -30,5 +30,6 @@ $(STAMP): setup.py pyproject.toml $(wildcard kernels/*.[ch])
 	this is {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "setting up .venv: torch with its CUDA libraries is about 5.5 GB, a few minutes"
+	@$(BIN)/python -m pip uninstall -qqq -y fastlora  # the distribution's name before it was fastlora-clip
 	@$(BIN)/python -m pip install -q -e '.[dev]'
 	@touch $@

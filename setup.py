@@ -16,6 +16,7 @@ DEPENDENCIES = [
     "safetensors",
     "typer",
     "rich",
+    "filelock>=3.32",  # one owner of a run folder; since 3.32 removing the lock's file is left to its holder
     "scikit-learn",  # its digits are the data set of `fastlora demo`; its logistic regression is the linear probe
     "matplotlib",
     "tensorboard",
@@ -37,7 +38,7 @@ EXTRAS["dev"] += [name for extra in ("transformers", "timm", "peft", "ray", "dat
 EXTRAS["dev"] += [f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in EXTRAS["xformers"]]
 
 setup(
-    name="fastlora",
+    name="fastlora-clip",  # on the package index `fastlora` is another author's; what one imports is fastlora
     version="0.1.0",
     description="Fused LoRA for CLIP: Triton kernels, and few-shot training without waste",
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",

@@ -18,7 +18,8 @@ import torch
 
 from rows import RESULTS, ROOT
 
-_PACKAGES = ("torch", "triton", "fastlora", "open_clip_torch", "peft", "numpy")
+# what a row calls them, and the names of their distributions
+_PACKAGES = {name: name for name in ("torch", "triton", "open_clip_torch", "peft", "numpy")} | {"fastlora": "fastlora-clip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         # of what measures: rows that an earlier part wrote are no change
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--", ".", f":!{RESULTS}")) if own else None,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(package) for name, package in _PACKAGES.items()},
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -213,7 +213,7 @@ class Peft(Contestant):
     name = "PEFT"
 
     def missing(self, case: Case) -> str | None:
-        return None if importlib.util.find_spec("peft") else "peft is not installed: pip install fastlora[peft]"
+        return None if importlib.util.find_spec("peft") else "peft is not installed: pip install peft"
 
     def prepare(self, inputs: InputSet, drop: Drop | None) -> LayerForward:
         from peft import LoraConfig, inject_adapter_in_model

@@ -13,9 +13,9 @@ import argparse
 import dataclasses
 import datetime
 import json
-import shutil
 import statistics
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,12 @@ def measure(args: argparse.Namespace, console: Console) -> None:
             for seed in SEEDS:
                 if (data, option, seed) in done:
                     continue
-                out = args.out / "run"
-                shutil.rmtree(out, ignore_errors=True)
                 console.rule(f"{data}, {option}, seed {seed}")
                 chosen = recipe(option, seed, args.precision)
                 others = also if chosen.names_any_class else ()
-                metrics = run(Job(chosen, data, out, args.root, brief=True, also=others), console, shared)
+                args.out.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=args.out) as out:
+                    metrics = run(Job(chosen, data, Path(out), args.root, brief=True, also=others), console, shared)
                 row = {"data": data, "option": option, "shots": SHOTS, "seed": seed, "steps": STEPS if chosen.trains else None}
                 row |= {key: metrics[key] for key in ("accuracy", "zero_shot_accuracy", "test_images")}
                 row["ece"] = metrics["calibration"]["ece"]

@@ -9,7 +9,7 @@ from .encoders import encode_image, encode_text
 from .functional import lora_linear
 from .patch import add_adapter, merge, patch, unmerge, unpatch
 
-__version__ = _version("fastlora")
+__version__ = _version("fastlora-clip")
 __all__ = [
     "LoRAConfig",
     "__version__",

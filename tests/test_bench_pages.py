@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastlora.bench import plots, tables
-from fastlora.bench.page import page
+from fastlora.bench.page import page, save
 from fastlora.bench.rows import MODEL, fit, over, pick, read, shares, spread
 from fastlora.bench.targets import targets
 from fastlora.cli import app
@@ -133,6 +134,21 @@ def test_command_writes_a_page_and_pictures(folder: Path, tmp_path: Path) -> Non
     text = (out / "page.html").read_text()
     assert text.count("<svg") == len(plots.PLOTS) and "http-equiv" not in text and "<script" not in text
     assert page(read(folder), "x") == page(read(folder), "x")
+
+
+@pytest.mark.parametrize("name", ["page.html", f"{next(iter(plots.PLOTS))}.png"])
+def test_a_page_replaces_a_page_and_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("fastlora.bench.page.figures", lambda _: {})  # no time for pictures
+    (tmp_path / name).write_text("<title>mine</title>")
+    with pytest.raises(UserError, match=rf"holds {re.escape(name)}, but no page of fastlora bench"):
+        save(read(folder), tmp_path, "x")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "<title>mine</title>"
+    (tmp_path / name).unlink()
+    for title in ("first", "second"):
+        save(read(folder), tmp_path, title)
+    assert "second" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

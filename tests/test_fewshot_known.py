@@ -116,6 +116,14 @@ class TestGenerated:
             generated.write(tmp_path, ["dtd"], MINI)
         assert list((tmp_path / "dtd").iterdir()) == []
 
+    def test_files_of_the_users_by_a_name_like_ours_stay(self, tmp_path: Path) -> None:
+        mine = tmp_path / f".{KNOWN['dtd'].folders[0]}.partial" / "notes.txt"
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        generated.write(tmp_path, ["dtd"], MINI)
+        assert mine.read_text() == "mine"
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.parent.name, KNOWN["dtd"].folders[0]])
+
     def test_a_write_that_was_stopped_is_begun_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(generated, "_shape", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

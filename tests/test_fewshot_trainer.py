@@ -350,7 +350,7 @@ class TestResume:
             assert errors.count("\n") == 1 and "of 100 is saved" in errors and errors.rstrip().endswith("--resume")
         else:
             assert process.returncode == -signal.SIGKILL
-        (out / ".metrics.json.tmp").write_text("half a file")
+        (out / f".metrics.json.{process.pid}.tmp").write_text("half a file")
         run(model, folder, out, resume=True, iterations=100, batch_size=3)
         self.same(out, longer)
         assert not list(out.glob(".*.tmp"))

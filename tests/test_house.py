@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,7 +78,7 @@ def test_public_names_are_the_verbs_and_nothing_else() -> None:
 
 
 def test_version_is_the_installed_distributions() -> None:
-    assert fastlora.__version__ == importlib.metadata.version("fastlora")
+    assert fastlora.__version__ == importlib.metadata.version("fastlora-clip")
 
 
 def test_top_level_name_kernels_is_not_ours() -> None:
@@ -186,16 +188,30 @@ def test_every_public_function_has_a_docstring_and_annotations() -> None:
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring ({name})"
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: nothing says which files are ours")
-def test_no_file_names_a_package_index_or_a_machine_path() -> None:
-    """A clone must work anywhere: nothing in it points at one machine or one index."""
+def texts() -> Iterator[tuple[str, str]]:
+    """(name, content) of each text file that is in git or may get there."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
-    # Put together here so that this file does not name them itself.
-    forbidden = ["/" + "work/", "/" + "root/", "pypi" + ".org", "index" + "-url", "find" + "-links"]
     for file in filter(None, listed):
         path = ROOT / file
         if path.suffix in {".py", ".md", ".toml", ".yaml", ".json", ".jsonl", ".sh", ".txt", ""} and path.is_file():
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            assert not [word for word in forbidden if word in text], f"{file} names {[w for w in forbidden if w in text]}"
+            yield file, path.read_text(encoding="utf-8", errors="ignore")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: nothing says which files are ours")
+def test_no_file_names_a_package_index_or_a_machine_path() -> None:
+    """A clone must work anywhere: nothing in it points at one machine or one index."""
+    # Put together here so that this file does not name them itself.
+    forbidden = ["/" + "work/", "/" + "root/", "pypi" + ".org", "index" + "-url", "find" + "-links"]
+    for file, text in texts():
+        assert not [word for word in forbidden if word in text], f"{file} names {[w for w in forbidden if w in text]}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: nothing says which files are ours")
+def test_no_text_installs_us_from_an_index() -> None:
+    """`fastlora` is another author's there, and fastlora-clip anybody's as long as it is not published."""
+    command = r"\b(pip3?|pipx|uv|poetry|pdm|conda)\b[^\n`]*\b(install|add|download)\b[^\n`]*[\s'\"]fastlora(-clip)?(?![\w/-])"
+    installs = re.compile(command + r"|\bfastlora(-clip)?\[\w")
+    found = {file: hit[0] for file, text in texts() if (hit := installs.search(text))}
+    assert not found

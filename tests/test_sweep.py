@@ -15,11 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from fastlora.fewshot.errors import Interrupted, UserError
+from fastlora.fewshot.lock import Busy
 from fastlora.fewshot.loop import Loop
 from fastlora.fewshot.shared import Shared
 from fastlora.fewshot.sweep import render, results, runner, tables
-from fastlora.fewshot.sweep.execute import BUSY, Place, execute, locked
+from fastlora.fewshot.sweep.execute import BUSY, Place, execute
 from fastlora.fewshot.sweep.grid import Grid, parse
+from owning import elsewhere
 from pictures import make_folder, pausing
 from waiting import wait
 
@@ -140,12 +142,34 @@ def test_a_run_that_fails_does_not_end_the_sweep(model: str, folder: Path, tmp_p
 
 def test_two_sweeps_in_one_folder(grid: Grid, tmp_path: Path) -> None:
     place = Place(tmp_path, grid.roots, "cpu")
-    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another sweep is at work"):
+    with elsewhere(tmp_path), pytest.raises(Busy, match=r"another process is at work in .*: process \d+ on .* since "):
         runner.sweep(grid, place, QUIET)
     run = grid.runs[0]
-    (tmp_path / run.name).mkdir()
-    with locked(tmp_path / run.name / ".lock"):
+    with elsewhere(tmp_path / run.name):
         assert execute(run, place, Shared()) == BUSY
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["index.html", "rows.csv", "rows.jsonl", "shots.png", "options-3.png"])
+def test_files_of_the_users_are_not_overwritten(grid: Grid, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")  # a run of another name makes no sweep
+    with pytest.raises(UserError, match=rf"holds {name}, but no run of a sweep"):
+        runner.sweep(grid, Place(tmp_path, grid.roots, "cpu"), QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", name])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_sweep_that_got_nowhere_can_be_tried_again(model: str, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "broken", ["a", "b"], images=3)
+    for path in data.rglob("*.png"):
+        path.write_text("no picture")
+    grid = parse(values(model, data, shots=1, seeds=1, variants={"LoRA": {}}))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"1 of 1 runs failed, .* has no readable training image"):
+            runner.sweep(grid, Place(tmp_path / "out", grid.roots, "cpu"), QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

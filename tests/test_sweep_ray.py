@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -15,19 +16,27 @@ from fastlora.fewshot.sweep import results
 from pictures import command, make_folder, tiny_clip
 from waiting import HANG, wait
 
-pytest.importorskip("ray", reason="the Ray engine is an optional extra: pip install 'fastlora[ray]'")
+pytest.importorskip("ray", reason="the Ray engine is an optional extra: pip install ray")
+
+
+def owner(lock: Path) -> int:
+    """The process that says in `lock` that it is at work; 0 if none does."""
+    with contextlib.suppress(FileNotFoundError):
+        if said := re.match("process ([0-9]+) on ", lock.read_text()):
+            return int(said[1])
+    return 0
 
 
 def two_killed(out: Path, killed: dict[int, str]) -> bool:
     """Kill workers that are in the middle of a run, until there were two; they are held still while that is looked up."""
     for lock in out.glob("*/.lock"):
-        pid = int(lock.read_text() or 0)
+        pid = owner(lock)
         if not pid or pid in killed or (lock.parent / "metrics.json").exists():
             continue
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(pid, signal.SIGSTOP)
             wait(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZX")
-            if lock.read_text() == f"{pid}\n" and not (lock.parent / "metrics.json").exists():
+            if owner(lock) == pid and not (lock.parent / "metrics.json").exists():
                 os.kill(pid, signal.SIGKILL)
                 killed[pid] = lock.parent.name
             os.kill(pid, signal.SIGCONT)

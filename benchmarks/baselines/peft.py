@@ -17,7 +17,7 @@ class Peft(SeparateTrainee):
 
     @classmethod
     def missing(cls) -> str | None:
-        return None if importlib.util.find_spec("peft") else "peft is not installed: pip install fastlora[peft]"
+        return None if importlib.util.find_spec("peft") else "peft is not installed: pip install peft"
 
     def adapted(self, linear: nn.Linear, a: Tensor, b: Tensor) -> nn.Module:
         from peft import LoraConfig, inject_adapter_in_model

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..fewshot.errors import UserError
 from .plots import PLOTS
 from .rows import Row
 from .table import Table
@@ -26,7 +27,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; } figure { margin: 28px 0 0; }
 """
 
-
+# By this a page is known as one that may be written anew.
+OURS = "<meta name='generator' content='fastlora bench'>"
 NOTE = (
     "Ratios have both sides from one run; ± is the largest distance of a run from the median, or of a step where there is one "
     "run. What computed wrong results has no time: see <i>Not timed</i>."
@@ -54,7 +56,7 @@ def page(rows: list[Row], title: str) -> str:
     parts = [table.html() for table in tables]
     heading = f"<h1>{html.escape(title)}</h1><p class='soft'>{NOTE}</p>"
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>{OURS}<title>{html.escape(title)}</title>"
         f"<style>{STYLE}</style>{heading}{parts[0] if parts else ''}{body}{''.join(parts[1:])}</html>"
     )
 
@@ -66,7 +68,15 @@ def _inline(picture: str, name: str) -> str:
 
 
 def save(rows: list[Row], folder: Path, title: str) -> list[Path]:
-    """Write page.html and each picture as PNG; all of it is made before the first file is written."""
+    """Write page.html and each picture as PNG; all of it is made before the first file is written.
+
+    Raises:
+        UserError: files of these names are in `folder` that are not from here.
+    """
+    path = folder / "page.html"
+    there = [name for name in (path.name, *(f"{name}.png" for name in PLOTS)) if (folder / name).exists()]
+    if there and not (path.is_file() and OURS in path.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"--out {folder} holds {', '.join(there)}, but no page of fastlora bench: choose another folder")
     text, drawn = page(rows, title), figures(rows)
     pictures = {}
     for name, figure in drawn.items():
@@ -74,7 +84,7 @@ def save(rows: list[Row], folder: Path, title: str) -> list[Path]:
         figure.savefig(buffer, format="png", dpi=150)
         pictures[folder / f"{name}.png"] = buffer.getvalue()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "page.html").write_text(text, encoding="utf-8")
-    for path, data in pictures.items():
-        path.write_bytes(data)
-    return [folder / "page.html", *pictures]
+    path.write_text(text, encoding="utf-8")
+    for picture, data in pictures.items():
+        picture.write_bytes(data)
+    return [path, *pictures]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic", "atomic_folder", "open_safetensors", "read_pickle", "whole", "write_safetensors"]
+__all__ = ["atomic", "atomic_folder", "leftovers", "open_safetensors", "read_pickle", "whole", "write_safetensors"]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -54,6 +55,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Return the temporary files of `atomic(path)` that are there: of somebody who is writing, or who was killed at it."""
+    begun = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    return [file for file in begun if file.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdecimal()]
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..fewshot.errors import UserError
 from ..fewshot.reading import Reading
 from ..fewshot.recipe import OWN, one_or_all, templates
 from .app import DATA_HELP, DEVICE_HELP, ClassNames, ImageColumn, LabelColumn, Root, SplitColumn, app, console, valid
@@ -47,8 +46,8 @@ def evaluate(
     reading = valid(lambda: Reading(class_names, image_column, label_column, split_column))
     folder = RunFolder(run)
     folder.read_config()
-    if out is not None and RunFolder(out).metrics.exists():
-        raise UserError(f"--out {out} holds another result: choose another folder")
+    if out is not None:
+        RunFolder(out).check_empty()
     datasets.find(data, root)
     from ..fewshot import evalrun
 

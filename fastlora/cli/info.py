@@ -18,12 +18,12 @@ def info() -> None:
     from rich.table import Table
 
     from .. import backend, cpu, verdicts
-    from ..fewshot.summary import package_version
+    from ..fewshot.summary import own_version, package_version
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")  # a path is not cut short
-    table.add_row("fastlora", package_version("fastlora"))
+    table.add_row("fastlora", own_version())
     table.add_row("python", f"{platform.python_version()} on {platform.platform(terse=True)}")
     table.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})")
     for name in ("triton", "open_clip_torch", "torchvision", "safetensors", "xformers"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from .batches import Draws
 from .compare import Cost, compare
 from .errors import UserError
 from .evaluate import class_logits, encode_images, encode_prompts
+from .lock import LOCK_FILES
 from .prepare import prepare
 from .recipe import ITERATIONS_PER_SHOT, Recipe
 from .runfolder import RunFolder, write_json
 from .shared import Shared
+from .signals import Signals
 from .trainer import Job
 from .trainer import run as train
 
@@ -30,6 +34,8 @@ __all__ = ["run"]
 SHOTS = 16
 # A run of a few minutes needs a higher rate than the paper's 8000 steps, and a digit cannot be read from 8 % of its image.
 LR, CROP_SCALE = 1e-2, (0.5, 1.0)
+# In demo.json: by it a demo knows the one that was here before.
+MADE_BY = "fastlora demo"
 
 
 def run(out: Path, iterations: int, seed: int, console: Console) -> dict[str, Any]:
@@ -40,37 +46,66 @@ def run(out: Path, iterations: int, seed: int, console: Console) -> dict[str, An
     """
     begun = time.monotonic()
     folder = RunFolder(out)
-    marker = folder.path / "demo.json"
-    if marker.is_file():
-        shutil.rmtree(out)
     try:
         recipe = Recipe(
             model=models.MINI, pretrained=None, shots=SHOTS, iterations=iterations, lr=LR, crop_scale=CROP_SCALE, seed=seed
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    console.print(
-        f"fastlora demo: the mini CLIP learns scikit-learn's handwritten digits from {SHOTS} images of each. To be short"
-        f" it takes {iterations} of the paper's {ITERATIONS_PER_SHOT * SHOTS} steps, with a learning rate of {LR} instead"
-        f" of 2e-4 and crops of at least {CROP_SCALE[0]:.0%} of an image instead of 8%.",
-        highlight=False,
-    )
-    folder.check({}, resume=False)
-    if not out.exists() or not any(out.iterdir()):
-        folder.create()
-        write_json(marker, {"iterations": iterations})  # first, so that a demo that was stopped is replaced as well
-    metrics = train(Job(recipe, "digits", out, device="cpu", again="fastlora demo, from the start"), console)
+    with Signals("run it again"), folder.owned():
+        _replace(folder)
+        console.print(
+            f"fastlora demo: the mini CLIP learns scikit-learn's handwritten digits from {SHOTS} images of each. To be short"
+            f" it takes {iterations} of the paper's {ITERATIONS_PER_SHOT * SHOTS} steps, with a learning rate of {LR} instead"
+            f" of 2e-4 and crops of at least {CROP_SCALE[0]:.0%} of an image instead of 8%.",
+            highlight=False,
+        )
+        metrics = train(Job(recipe, "digits", out, device="cpu", again="fastlora demo, from the start"), console)
+        costs = measure(recipe, console)
+        metrics["compare"] = [vars(cost) for cost in costs]
+        write_json(folder.metrics, metrics)
+        console.print(cost_table(costs))
+        console.print(
+            f"zero-shot {metrics['zero_shot_accuracy']:.2f} % -> [bold]{metrics['accuracy']:.2f} %[/bold] of"
+            f" {metrics['test_images']} images never trained on; {time.monotonic() - begun:.0f} s in all"
+        )
+        console.print(f"open {folder.report.resolve()}", soft_wrap=True, highlight=False)
+        return metrics
 
-    costs = measure(recipe, console)
-    metrics["compare"] = [vars(cost) for cost in costs]
-    write_json(folder.metrics, metrics)
-    console.print(cost_table(costs))
-    console.print(
-        f"zero-shot {metrics['zero_shot_accuracy']:.2f} % -> [bold]{metrics['accuracy']:.2f} %[/bold] of"
-        f" {metrics['test_images']} images never trained on; {time.monotonic() - begun:.0f} s in all"
-    )
-    console.print(f"open {folder.report.resolve()}", soft_wrap=True, highlight=False)
-    return metrics
+
+def _replace(folder: RunFolder) -> None:
+    """Remove the demo that is here, file by file, and say in demo.json that one will be; what else is here stays.
+
+    Raises:
+        UserError: `folder` holds a run that is no demo, or files that would be overwritten.
+    """
+    marker = folder.path / "demo.json"
+    made = _made(folder, marker)
+    if made and folder.log.is_dir() and (others := sorted(set(folder.log.iterdir()) - set(made))):
+        raise UserError(f"--out {folder.path}: the demo did not make {others[0]}: choose another folder")
+    for path in made:
+        path.unlink(missing_ok=True)
+    if made and folder.log.is_dir():
+        folder.log.rmdir()
+    folder.check({}, resume=False)
+    if made or all(path.name in LOCK_FILES for path in folder.path.iterdir()):
+        # first, so that a demo that was stopped is replaced as well
+        write_json(marker, {"made by": MADE_BY, "host": socket.gethostname(), "process": os.getpid()})
+
+
+def _made(folder: RunFolder, marker: Path) -> list[Path]:
+    """The files of the demo that wrote `marker`; none if no demo wrote it."""
+    try:
+        said = json.loads(marker.read_text(encoding="utf-8"))
+        if said["made by"] != MADE_BY:
+            return []
+        whose = f".{said['host']}.{said['process']}."  # TensorBoard puts both into its names
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if folder.config.exists():
+        folder.read_config()
+    logs = folder.log.glob("events.out.tfevents.*")
+    return [*filter(Path.is_file, folder.files), *(path for path in logs if whose in path.name), marker]
 
 
 def measure(recipe: Recipe, console: Console) -> list[Cost]:

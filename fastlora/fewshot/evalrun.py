@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from .devices import choose_device, choose_dtype, current
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
+from .lock import check_free
 from .methods import coop
 from .recipe import Recipe, one_or_all, prompts_for
 from .runfolder import RunFolder, atomic, write_json
@@ -66,7 +69,7 @@ def run(
             items = tuple(item for item in items if item.name not in trained)
             notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
     datasets.check_test(dataset, items)
-    with Signals("run it again"), current(device):
+    with Signals("run it again"), current(device), _place(out) as target:
         loaded = loaded_for(config, recipe, device, console)
         prompts = prompts_for(template or config["template"], dataset.template, dataset.own_template)
         prompt = one_or_all(prompts)
@@ -93,9 +96,7 @@ def run(
         metrics["notes"] = [*notes, *test.decoded.notes()]
         metrics["environment"] = summary.environment(device, dtype)
         summary.print_result(metrics, console)
-        if out is not None:
-            target = RunFolder(out)
-            target.create()
+        if target is not None:
             shown = config | {"data": data, "data_name": dataset.name, "classes": list(dataset.classes), "template": prompt}
             with atomic(target.predictions) as temporary:
                 after.write_csv(temporary, [item.name for item in test.items])
@@ -106,12 +107,25 @@ def run(
     return metrics
 
 
+@contextlib.contextmanager
+def _place(out: Path | None) -> Iterator[RunFolder | None]:
+    """Within: `out` is owned, and nothing in it will be overwritten."""
+    if out is None:
+        yield None
+        return
+    target = RunFolder(out)
+    with target.owned():
+        target.check_empty()
+        yield target
+
+
 def finished(folder: RunFolder) -> tuple[dict[str, Any], Recipe]:
     """config.json of a finished run, and its recipe.
 
     Raises:
-        UserError: not the folder of a run, or not finished.
+        UserError: not the folder of a run, not finished, or somebody is at work in it.
     """
+    check_free(folder.path)
     config = folder.read_config()
     try:
         recipe = Recipe.from_dict(config["recipe"])

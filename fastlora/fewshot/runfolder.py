@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import atomic
+from ..checkpoint.files import atomic, leftovers
 from .errors import UserError
+from .lock import check_free, owned
 from .recipe import Recipe
 
 __all__ = ["RunFolder", "atomic", "identity", "write_json"]
@@ -47,9 +49,22 @@ class RunFolder:
         self.history = path / "history.csv"
         self.report = path / "report.html"
         self.log = path / "log"
+        self.files = (
+            self.config, self.split, self.checkpoint, self.adapter, self.model, self.context, self.metrics, self.predictions,
+            self.history, self.report,
+        )  # fmt: skip
+
+    def owned(self) -> AbstractContextManager[None]:
+        """Within: this thread alone works here; the folder is made if it is not there. Whoever writes owns it: lock.owned."""
+        return owned(self.path)
+
+    def holds(self) -> list[Path]:
+        """Return what is here by the name of something that a run leaves."""
+        return [path for path in (*self.files, self.log) if os.path.lexists(path)]
 
     def check(self, identity: dict[str, Any], resume: bool) -> None:
-        """Raise UserError unless a run with this identity (what config.json will hold) may write here."""
+        """Raise UserError unless a run with this identity (what config.json will hold) may write here, or has finished."""
+        check_free(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file, not a folder")
         if self.config.is_file():
@@ -60,12 +75,22 @@ class RunFolder:
                 if _flat(there).get(key) != value:
                     was = _flat(there).get(key)
                     raise UserError(f"--resume: the run in {self.path} has {key} = {was!r}, now it is {value!r}")
-        elif self.metrics.exists() or self.adapter.exists() or self.model.exists() or self.context.exists():
-            raise UserError(f"--out {self.path} holds files of another run, but no config.json: choose another folder")
+            if self.metrics.is_file():
+                return
+        else:
+            self.check_empty()
         existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"--out {self.path}: no permission to write in {existing}")
         self.check_space(LEAST_SPACE)
+
+    def check_empty(self) -> None:
+        """Raise UserError if something is here that would be overwritten: another result, or files of the user's."""
+        check_free(self.path)
+        if there := self.holds():
+            names = ", ".join(path.name for path in there)
+            what = f"another result or files of yours ({names})"
+            raise UserError(f"--out {self.path} holds {what}, which would be overwritten: choose another folder")
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise UserError if the run that is here began with other class names."""
@@ -81,11 +106,11 @@ class RunFolder:
         if free < needed:
             raise UserError(f"no space left for --out {self.path}: {needed >> 20} MiB are needed, {free >> 20} MiB are free")
 
-    def create(self) -> None:
-        """Make the folder; what a killed run left half-written is removed."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+    def remove_leftovers(self) -> None:
+        """Remove what a run that was killed left half-written; for the folder's owner."""
+        for path in self.files:
+            for leftover in leftovers(path):
+                leftover.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """config.json.

@@ -72,10 +72,15 @@ def other(data: str, before: Result, after: Result) -> dict[str, Any]:
 
 def environment(device: torch.device, dtype: torch.dtype | None) -> dict[str, str]:
     """Versions, device and precision of a run."""
-    versions = {name: package_version(name) for name in ("fastlora", "torch", "open_clip_torch", "triton")}
+    versions = {name: package_version(name) for name in ("torch", "open_clip_torch", "triton")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     precision = "fp32" if dtype is None else str(dtype).removeprefix("torch.")
-    return {"python": platform.python_version(), **versions, "device": name, "precision": precision}
+    return {"python": platform.python_version(), "fastlora": own_version(), **versions, "device": name, "precision": precision}
+
+
+def own_version() -> str:
+    """The version of this library, as it is installed."""
+    return package_version("fastlora-clip")
 
 
 def package_version(name: str) -> str:

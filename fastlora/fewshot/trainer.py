@@ -71,7 +71,10 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
     memory.reset_peak(device)
     if device.type == "cpu":
         memory.keep_freed()
-    with Signals(f"go on with: {job.again}") as signals, contextlib.ExitStack() as lent:
+    with Signals(f"go on with: {job.again}") as signals, folder.owned(), contextlib.ExitStack() as lent:
+        folder.check(identity(recipe, job.called), job.resume)  # again: until here another process may have written
+        if folder.metrics.is_file():
+            raise UserError(f"the run in {job.out} was finished by another process in the meantime")
         whole = shared.dataset(job.data, job.root, recipe.reading)
         datasets.check_training(whole)
         dataset, new = base_and_new(whole) if recipe.base_to_new else (whole, None)
@@ -90,9 +93,9 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         data = prepare(dataset, recipe, loaded.framing, console, shared, whole, job.images)
         data.remarks = loaded.notes
         timings = {"load model, decode training images": time.monotonic() - begun}
-        folder.create()
+        folder.remove_leftovers()
         setting = {
-            "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
+            "fastlora": summary.own_version(), "data_name": dataset.name, "classes": list(dataset.classes),
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
             "network": loaded.network.to_dict(),
         }  # fmt: skip

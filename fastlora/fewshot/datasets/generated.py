@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import json
-import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,12 +65,14 @@ def write(root: Path, names: Iterable[str] = tuple(KNOWN), size: Mini | None = N
         if place.exists():
             what = "other generated images" if marker.is_file() else "something else"
             raise UserError(f"{place} holds {what}: choose another root, or remove it")
-        partial = place.with_name(f".{place.name}.partial")  # what was stopped half-way is not taken for whole
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_set(name, KNOWN[name], partial, size)
-        (partial / GENERATED).write_text(stamp, encoding="utf-8")
-        partial.rename(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # what is stopped half-way is not taken for whole, and what is there by such a name is left alone
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".partial", dir=place.parent) as partial:
+            made = Path(partial, "made")
+            made.mkdir()
+            _write_set(name, KNOWN[name], made, size)
+            (made / GENERATED).write_text(stamp, encoding="utf-8")
+            made.rename(place)
 
 
 def _write_set(name: str, known: KnownSet, place: Path, size: Mini) -> None:

@@ -31,7 +31,7 @@ def read(name: str, how: Reading) -> Dataset:
         UserError: `datasets` is not installed; the set cannot be had, found or read; or what `from_rows` refuses.
     """
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{name}: Hugging Face sets need the package datasets: pip install 'fastlora[datasets]'")
+        raise UserError(f"{name}: Hugging Face sets need the package datasets: pip install datasets")
     import datasets as library
 
     opened = _open(library, name)

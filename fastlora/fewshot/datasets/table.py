@@ -64,7 +64,7 @@ def _text(file: Path) -> tuple[Sequence[str], Iterable[Mapping[str, Any]]]:
 
 def _parquet(file: Path) -> tuple[Sequence[str], Iterable[Mapping[str, Any]]]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{file}: Parquet needs pyarrow: pip install fastlora[parquet]")
+        raise UserError(f"{file}: Parquet needs pyarrow: pip install pyarrow")
     import pyarrow
     import pyarrow.parquet
 

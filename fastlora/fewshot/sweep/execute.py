@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
 from .. import datasets
 from ..errors import Interrupted, UserError
+from ..lock import Busy
 from ..runfolder import RunFolder
 from ..shared import Shared
 from ..trainer import Job
 from ..trainer import run as train
 from .grid import Run
 
-__all__ = ["BUSY", "Place", "execute", "locate", "locked"]
+__all__ = ["BUSY", "Place", "execute", "locate"]
 
 
 BUSY = "another process is at work on it"
@@ -51,25 +50,24 @@ def execute(run: Run, place: Place, shared: Shared) -> str | None:
         Interrupted: a signal asked to stop; the run can be gone on with.
     """
     folder = place.out / run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock") as free:
-        if not free:
-            return BUSY
-        if RunFolder(folder).metrics.is_file():
-            return None
-        job = Job(
-            run.recipe, run.data, folder, locate(run.data, place.roots), place.device, resume=True,
-            again=place.again, brief=not place.reports,
-        )  # fmt: skip
-        try:
-            train(job, Console(quiet=True), shared)
-        except Interrupted:
-            raise
-        except (UserError, MemoryError) as error:
-            return str(error) or "out of memory"
-        except Exception as error:  # one broken run must not end an unattended night
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (see {folder / 'error.txt'})"
+    if RunFolder(folder).metrics.is_file():
+        return None
+    job = Job(
+        run.recipe, run.data, folder, locate(run.data, place.roots), place.device, resume=True,
+        again=place.again, brief=not place.reports,
+    )  # fmt: skip
+    try:
+        train(job, Console(quiet=True), shared)
+    except Interrupted:
+        raise
+    except Busy:
+        return BUSY
+    except (UserError, MemoryError) as error:
+        return str(error) or "out of memory"
+    except Exception as error:  # one broken run must not end an unattended night
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} (see {folder / 'error.txt'})"
     return None
 
 
@@ -85,23 +83,3 @@ def locate(data: str, roots: tuple[Path, ...]) -> Path:
             return root
     datasets.find(data, roots[-1])
     return roots[-1]
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Whether the lock in `path` could be taken; it is let go of at the end of the block, and with a process that is killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing keeps two sweeps apart there
-        yield True
-        return
-    with open(path, "a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")  # who is at work
-        file.flush()
-        yield True

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runfolder import atomic
 from .tables import Row, data_name, paper, paper_model, series
 
 __all__ = ["figures"]
@@ -160,4 +161,5 @@ def _cycle(values: Sequence[str]) -> list[str]:
 
 def _save(figure: Any, path: Path) -> None:
     # no date and version inside: the same rows give the same bytes
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

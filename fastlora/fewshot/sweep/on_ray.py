@@ -55,7 +55,7 @@ def engine(address: str | None, workers: int | None) -> Engine:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install 'fastlora[ray]'") from error
+        raise UserError("--engine ray needs Ray: pip install ray") from error
 
     def carry_out(runs: Sequence[Run], place: Place) -> Iterator[tuple[Run, str | None]]:
         options: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address is None else {"address": address}

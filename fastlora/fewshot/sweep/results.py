@@ -8,17 +8,22 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..runfolder import RunFolder, atomic
 from .grid import Run
 
-__all__ = ["read_rows", "row_of", "write_rows"]
+__all__ = ["check_place", "read_rows", "row_of", "write_rows"]
 
 # Parts of metrics.json that are no figures of one run, or that the recipe says already.
 LEFT_OUT = ("method", "resolved")
+# What a sweep writes beside its runs, and what grid.Run.name makes of a run.
+OF_A_SWEEP = re.compile(r"rows\.(jsonl|csv|parquet)|index\.html|shots\.png|options-[0-9]+\.png")
+OF_A_RUN = re.compile(r".*-[0-9]+shots-seed-?[0-9]+-[0-9a-f]{8}")
 
 
 def row_of(run: Run, out: Path) -> dict[str, Any] | None:
@@ -47,6 +52,13 @@ def row_of(run: Run, out: Path) -> dict[str, Any] | None:
     row |= {name: _text(value) for name, value in options.items()}
     row["date"] = datetime.date.fromtimestamp(metrics_file.stat().st_mtime).isoformat()
     return row | metrics.get("environment", {}) | {"run": run.name}
+
+
+def check_place(out: Path) -> None:
+    """Raise UserError if a sweep in `out` would overwrite files that no sweep wrote."""
+    there = sorted(path.name for path in out.iterdir() if OF_A_SWEEP.fullmatch(path.name))
+    if there and not any(OF_A_RUN.fullmatch(path.parent.name) for path in out.glob("*/config.json")):
+        raise UserError(f"--out {out} holds {', '.join(there)}, but no run of a sweep: choose another folder")
 
 
 def write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> None:

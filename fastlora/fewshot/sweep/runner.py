@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import datasets, models
 from ..devices import choose_device, choose_dtype
 from ..errors import UserError
+from ..lock import owned
 from ..shared import Shared
 from ..signals import Signals
-from .execute import Place, execute, locate, locked
+from .execute import Place, execute, locate
 from .grid import Grid, Run
-from .results import row_of, write_rows
+from .results import check_place, row_of, write_rows
 from .tables import series
 
 __all__ = ["Engine", "check", "finished", "local", "sweep"]
@@ -68,10 +69,8 @@ def sweep(grid: Grid, place: Place, console: Console, engine: Engine | None = No
     """
     shared = Shared()
     check(grid, place, shared)
-    place.out.mkdir(parents=True, exist_ok=True)
-    with Signals(f"go on with: {place.again}"), locked(place.out / ".lock") as free:
-        if not free:
-            raise UserError(f"another sweep is at work in {place.out}: wait for it, or choose another --out")
+    with Signals(f"go on with: {place.again}"), owned(place.out):
+        check_place(place.out)
         named = series(grid.runs, lambda run: run.name)
         done = {name for name, same in named.items() if row_of(same[0], place.out) is not None}
         todo = [same[0] for name, same in named.items() if name not in done]
@@ -89,7 +88,8 @@ def sweep(grid: Grid, place: Place, console: Console, engine: Engine | None = No
                         rows.take(named[run.name])
                         write_rows(place.out, rows.all())
                     progress.tell(run, row, failed.get(run.name))
-        write_rows(place.out, rows.all())
+        if rows.all():  # else there is no run either by which the next sweep would know them as its own
+            write_rows(place.out, rows.all())
     if failed:
         name, reason = next(iter(failed.items()))
         raise UserError(f"{len(failed)} of {len(named)} runs failed, the first is {name}: {reason}")
