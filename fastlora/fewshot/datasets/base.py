@@ -24,11 +24,11 @@ __all__ = [
     "check_training",
     "class_name",
     "from_rows",
+    "places_of",
     "role_of",
 ]
 
 TEMPLATE = "a photo of a {}."
-UNNAMED = "classes without names, prompted as the numbers"
 IMAGE_ENDINGS = (".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
                  ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 ROLES = {
@@ -101,6 +101,12 @@ def class_name(label: str) -> str:
     return unicodedata.normalize("NFC", label).replace("_", " ").strip()
 
 
+def places_of(names: Sequence[str], among: Sequence[str]) -> list[int | None]:
+    """Return where each of `names` stands among other class names, None where none of them means the same class."""
+    index = {class_name(name): i for i, name in enumerate(among)}
+    return [index.get(class_name(name)) for name in names]
+
+
 def role_of(split: str) -> str | None:
     """ "Validation" -> "val"; None for a word that names no role."""
     return next((role for role, words in ROLES.items() if split.strip().lower() in words), None)
@@ -133,8 +139,6 @@ def from_rows(
     if len(names) < 2:
         raise UserError(f"{where} has one class, {names[0]!r}: give it at least two")
     notes = [*notes]
-    if numbers and classes is None:
-        notes.append(f"{UNNAMED} 0 to {len(names) - 1}: --class-names FILE names them")
     seen: dict[str, Row] = {}
     roles: dict[str | None, list[Item]] = {None: [], "train": [], "val": [], "test": []}
     for row in rows:
