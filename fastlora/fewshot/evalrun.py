@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from .. import checkpoint as adapters
 from . import datasets, memory, models, report, summary
 from .crops import Normalise
 from .devices import choose_device, choose_dtype, current
+from .digests import find
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
@@ -56,15 +56,15 @@ def run(
     if how is None:
         how = recipe.reading if data == config["data"] else datasets.Reading()
     dataset = datasets.load(data, root, how)
-    items = dataset.test
-    notes = list(dataset.notes)
-    if items is None:
-        items = dataset.train
-        if dataset.name == config["data_name"]:
-            trained = set(json.loads(folder.split.read_text(encoding="utf-8"))["train"])
-            items = tuple(item for item in items if item.name not in trained)
-            notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
-    datasets.check_test(dataset, items)
+    if recipe.method == "zero-shot" and dataset.test is not None:  # it trained on nothing
+        items, left_out = dataset.test, []
+    else:
+        items, left_out = _never_drawn(dataset, folder.read_split(), config["data_name"], console)
+    notes = [*dataset.notes, *left_out]
+    try:
+        datasets.check_test(dataset, items)
+    except UserError as error:
+        raise UserError(f"{error} ({'; '.join(left_out)})" if left_out else str(error)) from None
     with Signals("run it again"), current(device):
         models.check(recipe.model, recipe.pretrained)
         loaded = models.load(recipe.model, recipe.pretrained, device)
@@ -104,6 +104,33 @@ def run(
             write_json(target.metrics, metrics)
             console.print(f"report: {target.report.resolve()}", soft_wrap=True, highlight=False)
     return metrics
+
+
+def _never_drawn(
+    dataset: datasets.Dataset, split: dict[str, Any], data_name: str, console: Console
+) -> tuple[tuple[datasets.Item, ...], list[str]]:
+    """The images to test without those that the run drew, and notes on these.
+
+    Args:
+        split: what the run's split.json holds.
+        data_name: what the run called its data, by which alone an older run knows them.
+    """
+    items = dataset.tested
+    if "digests" not in split:
+        left = items
+        if dataset.test is None and dataset.name == data_name:
+            left = tuple(item for item in items if item.name not in split["train"])
+        note = f"images left out because the run trained on such as are called like them: {len(items) - len(left)}"
+        return left, [f"{note}; it kept no digests, by which it would know its images: train it again with this version"]
+    train, val = (set(split["digests"][role]) for role in ("train", "val"))
+    found, unknown = find(items, train | val, console)
+    notes = []
+    for what, known in (("trained on", train), ("drew for validation", val - train)):
+        if count := sum(digest in known for digest in found if digest is not None):
+            notes.append(f"images that the run {what}, left out: {count}")
+    if unknown:
+        notes.append(f"images that come without files, so that nobody knows whether the run trained on them: {unknown}")
+    return tuple(item for item, digest in zip(items, found, strict=True) if digest is None), notes
 
 
 def finished(folder: RunFolder) -> tuple[dict[str, Any], Recipe]:

@@ -19,6 +19,7 @@ from ..patch import patch
 from . import datasets, memory, models, summary
 from .crops import Normalise
 from .devices import choose_device, choose_dtype, current
+from .digests import Digests
 from .distributed import Ranks
 from .errors import UserError
 from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
@@ -26,6 +27,7 @@ from .finish import finish, save
 from .halves import base_and_new
 from .images import EvalImages
 from .job import NEW, TEST, Job
+from .kept import Kept, Sheet, split_of
 from .loop import Loop, load_checkpoint
 from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
@@ -90,16 +92,18 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             "fastlora": summary.package_version("fastlora"), "data_name": dataset.name, "classes": list(dataset.classes),
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
         }  # fmt: skip
-        write_json(folder.config, identity(recipe, job.called) | setting)
-        split = {"train": [item.name for item in data.shots.train], "val": [item.name for item in data.shots.val]}
+        kept = _kept(data, new, others, whole, shared, console)
         if len(dataset.classes) < ranks.world:
             raise UserError(f"{ranks.world} processes share {len(dataset.classes)} class prompts: start one a class at most")
         checkpoint = RunFolder(job.out).checkpoint
         state = load_checkpoint(checkpoint) if job.resume and checkpoint.is_file() else None
         ranks.wait()  # nobody writes before all have read
-        if state is not None and state["extra"]["split"] != split:
-            raise UserError(f"--resume: the images in {job.called} are not those the run in {job.out} began with")
-        write_json(folder.split, split)
+        if state is not None:
+            kept.check(state["extra"], job.called, job.out)
+        data.remarks += [f"{name}: {note}" for name, other in others.items() for note in other.notes]
+        data.remarks += kept.trained_on() if recipe.method != "zero-shot" else []
+        write_json(folder.config, identity(recipe, job.called) | setting)
+        write_json(folder.split, kept.split)
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
             tokens = loaded.tokenise(prompts_for(recipe.template, about.template, about.own_template), about.classes)
@@ -145,7 +149,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
                 lent.callback(undo)
                 exams = [dataclasses.replace(sat, tokens=prompts) for sat, prompts in zip(exams, placed, strict=True)]
             loop = _train(
-                job, folder, loaded, data, exams[0].tokens, dtype, term, state, before, split, signals, ranks, console, details
+                job, folder, loaded, data, exams[0].tokens, dtype, term, state, before, kept, signals, ranks, console, details
             )
             timings["training"] = loop.seconds
             begun = time.monotonic()
@@ -162,12 +166,25 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         return finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
 
 
+def _kept(data: Prepared, new: datasets.Dataset | None, others: dict[str, datasets.Dataset], whole: datasets.Dataset,
+          shared: Shared, console: Console) -> Kept:  # fmt: skip
+    """Look at every image that is drawn or tested."""
+    digests = shared.once(whole, "digests", Digests)
+    tests = {TEST: (data.dataset.classes, data.shots.test, digests)}
+    if new is not None:
+        tests[NEW] = new.classes, new.tested, digests
+    for name, other in others.items():
+        tests[name] = other.classes, other.tested, shared.once(whole, ("digests", name), Digests)
+    sheets = {name: Sheet(classes, items, made.of(items, console)) for name, (classes, items, made) in tests.items()}
+    return Kept(split_of(data.shots, digests, console), sheets)
+
+
 def _restored(zero_shot: dict[str, Any], exams: list[Exam]) -> dict[str, Result]:
     return {exam.name: Result(exam.classes, **zero_shot[exam.name]) for exam in exams if exam.name in zero_shot}
 
 
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
-           term: ZeroShotTerm | None, state: dict[str, Any] | None, before: dict[str, Result], split: dict[str, list[str]],
+           term: ZeroShotTerm | None, state: dict[str, Any] | None, before: dict[str, Result], kept: Kept,
            signals: Signals, ranks: Ranks, console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
     recipe, model = job.recipe, loaded.model
     torch.manual_seed(recipe.seed)
@@ -189,7 +206,7 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
     loop = Loop(model, recipe, trained, tokens, dtype, ranks, term, job.engine, job.microbatch, console.print)
     if state is not None:
         loop.restore(state)
-    extra = {"split": split, "zero_shot": {name: result.tensors() for name, result in before.items()}}
+    extra = kept.to_state() | {"zero_shot": {name: result.tensors() for name, result in before.items()}}
     with _NoLog() if job.brief else _log(folder.log, loop.step) as log:
         log.add_scalar("test/accuracy", before[TEST].accuracy, 0)
         every = job.checkpoint_seconds, job.checkpoint_steps

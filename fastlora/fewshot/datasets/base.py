@@ -85,6 +85,11 @@ class Dataset:
     generated: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def tested(self) -> tuple[Item, ...]:
+        """The test images; where the set keeps none, all that could be."""
+        return self.train if self.test is None else self.test
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -205,7 +210,7 @@ def check_training(dataset: Dataset) -> None:
 def check_test(dataset: Dataset, items: Sequence[Item] | None = None) -> None:
     """Raise UserError unless each class has an image among `items`, or, by default, those that accuracy is measured on."""
     if items is None:
-        items = dataset.train if dataset.test is None else dataset.test
+        items = dataset.tested
     tested = {item.label for item in items}
     if untested := [name for label, name in enumerate(dataset.classes) if label not in tested]:
         more = f" (nor have {len(untested) - 1} others)" if len(untested) > 1 else ""
