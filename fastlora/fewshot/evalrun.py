@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import checkpoint as adapters
-from . import datasets, memory, models, report, summary
+from . import datasets, memory, models, report, summary, wording
 from .crops import Normalise
 from .devices import choose_device, choose_dtype, current
 from .digests import find
@@ -70,7 +70,9 @@ def run(
         loaded = models.load(recipe.model, recipe.pretrained, device)
         prompts = prompts_for(template or config["template"], dataset.template, dataset.own_template)
         prompt = one_or_all(prompts)
-        tokens = loaded.tokenise(prompts, dataset.classes).to(device)
+        tokens = loaded.tokenise(prompts, dataset.classes)
+        notes += wording.remarks(loaded, prompts, dataset.classes, tokens)
+        tokens = tokens.to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
         test = EvalImages(items, loaded.size, console)
         exam = Exam("test", dataset.classes, test, tokens)

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..patch import patch
-from . import datasets, memory, models, summary
+from . import datasets, memory, models, summary, wording
 from .crops import Normalise
 from .devices import choose_device, choose_dtype, current
 from .digests import Digests
@@ -106,7 +106,11 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         write_json(folder.split, kept.split)
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
-            tokens = loaded.tokenise(prompts_for(recipe.template, about.template, about.own_template), about.classes)
+            templates = prompts_for(recipe.template, about.template, about.own_template)
+            tokens = loaded.tokenise(templates, about.classes)
+            for note in wording.remarks(loaded, templates, about.classes, tokens):
+                data.remarks.append(note if name == TEST else f"{name}: {note}")
+                console.print(f"note: {data.remarks[-1]}", style="bold", highlight=False, markup=False)
             return Exam(name, about.classes, images, tokens.to(device))
 
         def held_out(about: datasets.Dataset) -> EvalImages:
