@@ -150,6 +150,16 @@ class TestEval:
         assert metrics["test_images"] == 4 and TRAINED in metrics["notes"]
         assert "images that the run drew for validation, left out: 2" in metrics["notes"]
 
+    def test_class_names_that_only_the_run_was_given(self, model: str, photos: Path, tmp_path: Path) -> None:
+        names = tmp_path / "names.txt"
+        names.write_text("tabby\nwolf\n")
+        run(model, photos, tmp_path / "run", reading=Reading(class_names=str(names)))
+        data = renamed(photos, tmp_path)
+        note = f"the run took its class names from {names}, here they are those of {data}"
+        assert note in evaluate(tmp_path / "run", data)["notes"]
+        for place, how in ((data, Reading(class_names=str(names))), (photos, None)):
+            assert not any("class names from" in note for note in evaluate(tmp_path / "run", place, how)["notes"])
+
     def test_zero_shot_trains_on_nothing(self, model: str, photos: Path, tmp_path: Path) -> None:
         for role in ("train", "test"):
             shutil.copytree(photos, tmp_path / "d" / role)
@@ -172,9 +182,10 @@ class TestTrain:
         for path in (root / "cat").iterdir():
             shutil.copy(path, root / "dog" / f"cat {path.name}")
         other = Path(shutil.copytree(root, tmp_path / "other"))
-        notes = run(model, root, tmp_path / "run", also=(str(other),))["notes"]
+        notes = run(model, root, tmp_path / "run", also=(str(other),), shots=6)["notes"]
+        assert any(note.startswith("images trained on twice: ") for note in notes)
         assert any(note.startswith("test images that are trained on too: ") for note in notes)
-        assert any(note.startswith(f"{other}: test images that are trained on too: ") for note in notes)
+        assert any(note.startswith(f"{other}: images that are trained on too: ") for note in notes)
 
     def test_doubts_about_another_set_are_told(self, model: str, photos: Path, tmp_path: Path) -> None:
         other = make_folder(tmp_path / "other", ["1", "2"], images=2, side=40)
@@ -231,6 +242,21 @@ class TestResume:
         with pytest.raises(UserError, match=f"--resume: .*{says}"):
             run(model, "d", Path("run"), also=("other",), resume=True)
         assert Path("run/config.json").read_bytes() == config
+
+    def test_a_class_that_changes_in_a_table_is_refused(self, model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same images in the same order, but each of the other class."""
+        rows = [(str(path), path.parent.name, path.parent.parent.name) for path in sorted((here / "d").rglob("*.png"))]
+        other = {"cat": "dog", "dog": "cat"}
+        for name, relabelled in (("a", rows), ("b", [(p, other[k] if s == "train" else k, s) for p, k, s in rows])):
+            with open(f"{name}.csv", "w", newline="") as file:
+                csv.writer(file).writerows([("path", "label", "split"), *relabelled])
+        step = Loop.train_step
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(Loop, "train_step", lambda loop: (step(loop), os.kill(os.getpid(), signal.SIGTERM)))
+            run(model, "a.csv", Path("tabled"))
+        Path("b.csv").rename("a.csv")
+        with pytest.raises(UserError, match=r"the images in a.csv are not those .*: d/train/cat/\d.png is of another class"):
+            run(model, "a.csv", Path("tabled"), resume=True)
 
     def test_images_that_only_moved_go_on(self, model: str, here: Path) -> None:
         for path in list((here / "d" / "test").rglob("*.png")):

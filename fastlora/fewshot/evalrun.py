@@ -61,6 +61,8 @@ def run(
     else:
         items, left_out = _never_drawn(dataset, folder.read_split(), config["data_name"], console)
     notes = [*dataset.notes, *left_out]
+    if left_out and recipe.reading.class_names is not None and how.class_names is None:
+        notes.append(f"the run took its class names from {recipe.reading.class_names}, here they are those of {data}")
     try:
         datasets.check_test(dataset, items)
     except UserError as error:

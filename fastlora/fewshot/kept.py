@@ -8,32 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from .datasets import Item
-from .digests import Digests
 from .errors import UserError
 from .job import NEW, TEST
-from .sampling import FewShot
 
-__all__ = ["Kept", "Sheet", "split_of"]
-
-
-def split_of(shots: FewShot, digests: Digests, console: Console) -> dict[str, Any]:
-    """Return what split.json holds: the names of the images drawn, by role, and their digests."""
-    roles = {"train": shots.train, "val": shots.val}
-    names = {role: [item.name for item in items] for role, items in roles.items()}
-    return {**names, "digests": {role: digests.of(items, console) for role, items in roles.items()}}
+__all__ = ["Kept", "Sheet"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """The images of a test, with the names of their classes and their digests."""
+    """Images for one purpose: the names of their classes, which their labels index, and a digest of each."""
 
     classes: tuple[str, ...]
     items: tuple[Item, ...]
     digests: list[str]
+
+    def names(self) -> list[str]:
+        """Return what the images are called."""
+        return [item.name for item in self.items]
 
     def numbers(self) -> Tensor:
         """Return one number an image that stands for its content and its class, int64 (n,)."""
@@ -45,45 +39,52 @@ class Sheet:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """The images of a run: what `split_of` gives, and the sheet of each test by its name."""
+    """The images of a run: those drawn, "train" and "val", and those of each test, by its name."""
 
-    split: dict[str, Any]
-    sheets: dict[str, Sheet]
+    drawn: dict[str, Sheet]
+    tests: dict[str, Sheet]
+
+    def split(self) -> dict[str, Any]:
+        """Return what split.json holds: the names of the images drawn, by role, and their digests."""
+        names = {role: sheet.names() for role, sheet in self.drawn.items()}
+        return {**names, "digests": {role: sheet.digests for role, sheet in self.drawn.items()}}
 
     def to_state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"split": self.split, "tests": {name: sheet.numbers() for name, sheet in self.sheets.items()}}
+        drawn, tests = ({key: sheet.numbers() for key, sheet in one.items()} for one in (self.drawn, self.tests))
+        return {"split": self.split(), "drawn": drawn, "tests": tests}
 
     def check(self, was: dict[str, Any], data: str, out: Path) -> None:
         """Raise UserError unless these are the images of the run in `out`, whose checkpoint kept `was`, wherever they lie now.
 
         A checkpoint of an older version kept the names of the images drawn and nothing of the tests.
         """
-        said = {TEST: f"the test images in {data}", NEW: f"the test images of the new classes in {data}"}
-        changes = [(f"the images in {data}", _other_images(was["split"], self.split))]
+        what, change = f"the images in {data}", _other_images(was["split"], self.split())
+        for role, numbers in was.get("drawn", {}).items():
+            if change is None and (first := _first_other(numbers, self.drawn[role])) is not None:
+                change = f"{self.drawn[role].items[first].name} is of another class"
         for name, numbers in was.get("tests", {}).items():
-            if name in self.sheets:
-                changes.append((said.get(name, f"the images in {name}"), _other_test(numbers, self.sheets[name])))
-        for what, change in changes:
-            if change is not None:
-                raise UserError(
-                    f"--resume: {what} are not those the run in {out} began with: {change};"
-                    " put them back, or begin another run in another --out"
-                )
+            sheet = self.tests.get(name)
+            if change is None and sheet is not None and (first := _first_other(numbers, sheet)) is not None:
+                what = f"the images in {name}" if name not in (TEST, NEW) else f"the {name} images in {data}"
+                called = sheet.items[first].name if first < len(sheet.items) else "behind the last"
+                change = f"{len(numbers)} then, {len(sheet.items)} now, the first that differs is {called}"
+        if change is not None:
+            raise UserError(
+                f"--resume: {what} are not those the run in {out} began with: {change};"
+                " put them back, or begin another run in another --out"
+            )
 
-    def trained_on(self) -> list[str]:
-        """Return a note on each test of which the run trains on some images."""
-        trained = dict(zip(self.split["digests"]["train"], self.split["train"], strict=True))
-        notes = []
-        for name, sheet in self.sheets.items():
-            rows = zip(sheet.items, sheet.digests, strict=True)
-            if twins := [(item.name, trained[digest]) for item, digest in rows if digest in trained]:
-                where = "" if name == TEST else f"{name}: "
-                first, same = twins[0]
-                notes.append(
-                    f"{where}test images that are trained on too: {len(twins)}, the first is {first}, the same as {same}"
-                )
-        return notes
+    def notes(self) -> list[str]:
+        """Return what there is to say of images that are there more than once: trained on twice, or trained on and tested."""
+        train = self.drawn["train"]
+        first = dict(zip(reversed(train.digests), reversed(train.names()), strict=True))
+        twice = [(name, first[d]) for name, d in zip(train.names(), train.digests, strict=True) if first[d] != name]
+        found = [("images trained on twice", twice)]
+        for key, sheet in self.tests.items():
+            both = [(name, first[d]) for name, d in zip(sheet.names(), sheet.digests, strict=True) if d in first]
+            found.append((f"{'test' if key == TEST else f'{key}:'} images that are trained on too", both))
+        return [f"{what}: {len(same)}, the first is {same[0][0]}, the same as {same[0][1]}" for what, same in found if same]
 
 
 def _other_images(was: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -103,13 +104,9 @@ def _other_images(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
-def _other_test(was: Tensor, sheet: Sheet) -> str | None:
-    """How a test differs first from one that had the numbers `was`; None if not at all."""
+def _first_other(was: Tensor, sheet: Sheet) -> int | None:
+    """Where a sheet differs first from one that had the numbers `was`; None if nowhere."""
     now = sheet.numbers()
-    if torch.equal(was, now):
-        return None
     both = min(len(was), len(now))
     differ = (was[:both] != now[:both]).nonzero()
-    first = int(differ[0, 0]) if len(differ) else both
-    name = sheet.items[first].name if first < len(now) else "behind the last"
-    return f"{len(was)} then, {len(now)} now, the first that differs is {name}"
+    return int(differ[0, 0]) if len(differ) else both if len(was) != len(now) else None

@@ -72,7 +72,10 @@ class RunFolder:
         there = self.read_config().get("classes") if self.config.is_file() else None
         if there is not None and there != list(classes):
             was, now = next(((a, b) for a, b in zip(there, classes, strict=False) if a != b), (len(there), len(classes)))
-            raise UserError(f"--resume: the run in {self.path} has the class {was!r} where there is {now!r} now")
+            raise UserError(
+                f"--resume: the run in {self.path} has the class {was!r} where there is {now!r} now:"
+                " put it back, or begin another run in another --out"
+            )
 
     def check_space(self, needed: int) -> None:
         """Raise UserError unless `needed` bytes are free where the folder is, or will be."""

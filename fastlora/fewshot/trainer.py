@@ -27,7 +27,7 @@ from .finish import finish, save
 from .halves import base_and_new
 from .images import EvalImages
 from .job import NEW, TEST, Job
-from .kept import Kept, Sheet, split_of
+from .kept import Kept, Sheet
 from .loop import Loop, load_checkpoint
 from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
@@ -101,9 +101,9 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         if state is not None:
             kept.check(state["extra"], job.called, job.out)
         data.remarks += [f"{name}: {note}" for name, other in others.items() for note in other.notes]
-        data.remarks += kept.trained_on() if recipe.method != "zero-shot" else []
+        data.remarks += kept.notes() if recipe.method != "zero-shot" else []
         write_json(folder.config, identity(recipe, job.called) | setting)
-        write_json(folder.split, kept.split)
+        write_json(folder.split, kept.split())
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
             templates = prompts_for(recipe.template, about.template, about.own_template)
@@ -173,14 +173,15 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
 def _kept(data: Prepared, new: datasets.Dataset | None, others: dict[str, datasets.Dataset], whole: datasets.Dataset,
           shared: Shared, console: Console) -> Kept:  # fmt: skip
     """Look at every image that is drawn or tested."""
-    digests = shared.once(whole, "digests", Digests)
-    tests = {TEST: (data.dataset.classes, data.shots.test, digests)}
+
+    def sheet(about: datasets.Dataset, items: tuple[datasets.Item, ...], which: str = "") -> Sheet:
+        return Sheet(about.classes, items, shared.once(whole, ("digests", which), Digests).of(items, console))
+
+    drawn = {"train": sheet(data.dataset, data.shots.train), "val": sheet(data.dataset, data.shots.val)}
+    tests = {TEST: sheet(data.dataset, data.shots.test)}
     if new is not None:
-        tests[NEW] = new.classes, new.tested, digests
-    for name, other in others.items():
-        tests[name] = other.classes, other.tested, shared.once(whole, ("digests", name), Digests)
-    sheets = {name: Sheet(classes, items, made.of(items, console)) for name, (classes, items, made) in tests.items()}
-    return Kept(split_of(data.shots, digests, console), sheets)
+        tests[NEW] = sheet(new, new.tested)
+    return Kept(drawn, tests | {name: sheet(other, other.tested, name) for name, other in others.items()})
 
 
 def _restored(zero_shot: dict[str, Any], exams: list[Exam]) -> dict[str, Result]:
