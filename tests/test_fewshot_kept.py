@@ -134,7 +134,7 @@ class TestEval:
         for data, count in ((photos, 6), (renamed(photos, tmp_path), 10)):
             metrics = evaluate(old, data)
             assert metrics["test_images"] == count
-            assert any(f"called like them: {10 - count}; it kept no digests" in note for note in metrics["notes"])
+            assert any(f"left out: {10 - count}; it kept no digests" in note for note in metrics["notes"])
 
     def test_a_run_on_images_in_memory_knows_their_files(self, model: str, photos: Path, tmp_path: Path) -> None:
         from torchvision.datasets import ImageFolder

@@ -56,9 +56,8 @@ def run(
     if how is None:
         how = recipe.reading if data == config["data"] else datasets.Reading()
     dataset = datasets.load(data, root, how)
-    if recipe.method == "zero-shot" and dataset.test is not None:  # it trained on nothing
-        items, left_out = dataset.test, []
-    else:
+    items, left_out = dataset.tested, list[str]()
+    if recipe.method != "zero-shot" or dataset.test is None:  # a zero-shot run trained on nothing
         items, left_out = _never_drawn(dataset, folder.read_split(), config["data_name"], console)
     notes = [*dataset.notes, *left_out]
     if left_out and recipe.reading.class_names is not None and how.class_names is None:
@@ -124,8 +123,8 @@ def _never_drawn(
         left = items
         if dataset.test is None and dataset.name == data_name:
             left = tuple(item for item in items if item.name not in split["train"])
-        note = f"images left out because the run trained on such as are called like them: {len(items) - len(left)}"
-        return left, [f"{note}; it kept no digests, by which it would know its images: train it again with this version"]
+        note = f"images with the names of those that the run trained on, left out: {len(items) - len(left)}"
+        return left, [f"{note}; it kept no digests, by which it would know them under other names: train it again"]
     train, val = (set(split["digests"][role]) for role in ("train", "val"))
     found, unknown = find(items, train | val, console)
     notes = []
@@ -133,7 +132,7 @@ def _never_drawn(
         if count := sum(digest in known for digest in found if digest is not None):
             notes.append(f"images that the run {what}, left out: {count}")
     if unknown:
-        notes.append(f"images that come without files, so that nobody knows whether the run trained on them: {unknown}")
+        notes.append(f"images without files, which cannot be compared with those the run trained on: {unknown}")
     return tuple(item for item, digest in zip(items, found, strict=True) if digest is None), notes
 
 
