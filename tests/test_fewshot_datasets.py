@@ -145,6 +145,19 @@ class TestFolder:
         with pytest.raises(UserError, match=r"test/c has no counterpart"):
             datasets.load(str(tmp_path / "d"))
 
+    def test_a_class_is_one_class_however_its_folder_is_written(self, tmp_path: Path) -> None:
+        for role, names in (("train", ["sea_horse", "cafe\u0301", "ant"]), ("test", ["sea horse", "café", "ant"])):
+            make_folder(tmp_path / "d" / role, names, 1)
+        make_folder(tmp_path / "d" / "val", ["caf\u00e9", "sea_horse"], 1)
+        data = datasets.load(str(tmp_path / "d"))
+        assert data.classes == ("ant", "café", "sea horse") and data.test is not None
+        for item in (*data.train, *data.val, *data.test):
+            assert datasets.class_name(item.name.split("/")[1]) == data.classes[item.label]
+        assert [item.label for item in data.test] == [0, 1, 2] and len(data.val) == 2
+        make_folder(tmp_path / "d" / "test", ["sea_horse"], 1)
+        with pytest.raises(UserError, match=r"'sea horse' and 'sea_horse' in .*test both mean the class 'sea horse'"):
+            datasets.load(str(tmp_path / "d"))
+
     def test_images_without_class_folders(self, tmp_path: Path) -> None:
         Image.fromarray(photo(8, 8, 0)).save(tmp_path / "a.png")
         with pytest.raises(UserError, match="images but no class folders"):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from torch.utils.data import ConcatDataset, Subset
 
 from fastlora.fewshot import datasets
 from fastlora.fewshot.datasets import Dataset, Item, Lazy, Reading
@@ -86,6 +87,15 @@ class TestTars:
         assert (data.name, len(data.train), data.test) == ("part", 8, None)
         assert len(datasets.load(str(tmp_path / "part-{07,08}.tar")).train) == 8
 
+    def test_lists_of_names_beside_the_tars_of_each_split(self, tmp_path: Path) -> None:
+        for role in ROLES:
+            self.write(tmp_path / role / "0.tar", role)
+            (tmp_path / role / "classnames.txt").write_text("cat\ndog\n")
+        holds(datasets.load(str(tmp_path)))
+        (tmp_path / "test" / "classnames.txt").write_text("dog\ncat\n")
+        with pytest.raises(UserError, match=r"test/classnames\.txt has 'dog' where .*train/classnames\.txt has 'cat'"):
+            datasets.load(str(tmp_path))
+
     def test_endings_and_keys_of_ones_own(self, tmp_path: Path) -> None:
         path = self.write(tmp_path / "a.tar", "train", lambda k: ("json", json.dumps({"kind": CLASSES[k], "fold": "training"})))
         data = datasets.load(str(path), how=Reading(image_column="png", label_column="kind", split_column="fold"))
@@ -149,6 +159,26 @@ class TestHuggingFace:
             datasets.load(str(tmp_path / "pets"), how=Reading(image_column="photo"))
         with pytest.raises(UserError, match="column label holds no images but ClassLabel"):
             datasets.load(str(tmp_path / "pets"), how=Reading(image_column="label"))
+
+    def test_splits_that_number_their_classes_in_different_ways(self, tmp_path: Path) -> None:
+        import datasets as hf
+
+        def relabelled(part: Any, feature: Any, change: Any) -> Any:
+            return part.map(
+                lambda row: {"label": change(row["label"])}, features=hf.Features(part.features | {"label": feature})
+            )
+
+        swapped = relabelled(self.part("test"), hf.ClassLabel(names=["dog", "cat"]), lambda k: 1 - k)
+        words = relabelled(self.part("test"), hf.Value("string"), lambda k: CLASSES[k])
+        for name, test in (("swapped", swapped), ("words", words)):
+            for first, second in (("train", "test"), ("test", "train")):
+                parts = {"train": self.part("train"), "test": test}
+                hf.DatasetDict({role: parts[role] for role in (first, second)}).save_to_disk(tmp_path / f"{name} {first}")
+                holds(datasets.load(str(tmp_path / f"{name} {first}")))
+        numbers = relabelled(self.part("test"), hf.Value("int64"), lambda k: k)
+        hf.DatasetDict({"test": numbers, "train": self.part("train")}).save_to_disk(tmp_path / "numbers")
+        with pytest.raises(UserError, match="test: its classes are numbers, those of another split have names"):
+            datasets.load(str(tmp_path / "numbers"))
 
     def test_one_part_with_columns_of_its_own_and_secret_labels(self, tmp_path: Path) -> None:
         import datasets as hf
@@ -222,6 +252,42 @@ class TestTorchvision:
             datasets.from_torch("pets", Torch("train", image=np.asarray))
         with pytest.raises(UserError, match="has label 1, but there are 1 class names"):
             datasets.from_torch("pets", train, classes=["cat"])
+
+    def test_classes_are_matched_by_name(self, tmp_path: Path) -> None:
+        from torchvision.datasets import ImageFolder
+
+        for role, names in (("train", ["cat", "dog", "fox", "sea_horse"]), ("test", ["cat", "fox", "sea horse"])):
+            make_folder(tmp_path / role, names, images=2)
+        train, test = (ImageFolder(str(tmp_path / role)) for role in ("train", "test"))
+        half = Subset(test, [1, 2, 5])
+        words, some = ["cat", "cat", "fox", "fox", "sea horse", "sea horse"], ["cat", "fox", "sea horse"]
+        joined = ConcatDataset([half, test])
+        for data, wanted in (
+            (datasets.from_torch("pets", train, test=test), words),
+            (datasets.from_torch("pets", train, test=half), some),
+            (datasets.from_torch("pets", Subset(train, range(8)), val=half, test=joined), some + words),
+            (datasets.from_torch("pets", train, test=test, classes=["A", "B", "C", "D"]), list("AACCDD")),
+        ):
+            assert [data.classes[item.label] for item in data.test or ()] == wanted
+        assert datasets.from_torch("pets", train, val=half, test=train).val[1].label == 2
+
+    def test_classes_that_cannot_be_matched(self, tmp_path: Path) -> None:
+        train = Torch("train", classes=["cat", "dog"])
+        for test, said in (
+            (Torch("test", classes=["cat", "zebra"]), "pets, test: class 'zebra' is not in the training set"),
+            (Torch("test", classes=["dog"]), "pets, test has label 1, but 1 class names"),
+        ):
+            with pytest.raises(UserError, match=said):
+                datasets.from_torch("pets", train, test=test)
+        with pytest.raises(UserError, match="pets, val has class names, the training set has none: give classes"):
+            datasets.from_torch("pets", Torch("train"), val=Torch("test", classes=["dog", "cat"]))
+        swapped = datasets.from_torch(
+            "pets", Torch("train"), test=Torch("test", classes=["dog", "cat"]), classes=["cat", "dog"]
+        )
+        assert [item.label for item in swapped.test or ()] == [1, 0]
+        joined = ConcatDataset([train, Torch("test", classes=["dog", "cat"])])
+        with pytest.raises(UserError, match="pets joins sets that number their classes in different ways"):
+            datasets.from_torch("pets", joined)
 
     def test_by_name_with_folders_as_torchvision_has_them(self, tmp_path: Path) -> None:
         for role, count in (("train", 3), ("val", 1)):

@@ -138,7 +138,7 @@ class TestRun:
         assert {path.name for path in (tmp_path / "e").iterdir()} == {"metrics.json", "predictions.csv", "report.html"}
 
     def test_eval_on_other_classes(self, out: Path, tmp_path: Path) -> None:
-        other = make_folder(tmp_path / "other", ["x", "y"], 3)
+        other = make_folder(tmp_path / "other", ["x", "y"], 3, side=30)  # other pictures than those trained on
         assert evalrun.run(RunFolder(out), str(other), Path("data"), "cpu", None, None, QUIET)["test_images"] == 6
 
     def test_a_finished_run_is_left_alone(self, out: Path, model: str, folder: Path) -> None:

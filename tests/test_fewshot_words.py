@@ -46,6 +46,54 @@ class TestClassNames:
         assert (named.classes, named.notes) == (("sea horse", "cat"), ())
 
     @pytest.mark.parametrize(
+        ("labels", "how"),
+        [
+            ([str(i) for i in range(1, 13)], "natural order: '1' is 'name 1', … '12' is 'name 12'"),
+            ([str(i) for i in range(12)], "natural order: '0' is 'name 1', … '11' is 'name 12'"),
+            ([f"n-{i}" for i in range(98, 110)], "natural order: 'n-98' is 'name 1', … 'n-109' is 'name 12'"),
+            (["9", "010", "11"], "natural order: '9' is 'name 1', … '11' is 'name 3'"),
+            ([f"{i:02d}" for i in range(1, 13)], "order of the labels: '01' is 'name 1', … '12' is 'name 12'"),
+            (["Zebra", "ant", "bee 2"], "order of the labels: 'Zebra' is 'name 1', … 'bee 2' is 'name 3'"),
+        ],
+    )
+    def test_names_in_the_order_of_numbers(self, tmp_path: Path, labels: list[str], how: str) -> None:
+        """Whatever order the folders lie in, line k names the k-th label; items and their numbers stay as they are."""
+        root = make_folder(tmp_path / "d", labels, images=1)
+        names = write(tmp_path / "names.txt", "".join(f"name_{k}\n" for k in range(1, len(labels) + 1)))
+        plain, named = datasets.load(str(root)), datasets.load(str(root), how=Reading(class_names=str(names)))
+        found = {item.name.split("/")[0]: named.classes[item.label] for item in named.train}
+        assert found == {label: f"name {k}" for k, label in enumerate(labels, 1)}
+        assert named.train == plain.train and how in named.notes[-1]
+
+    @pytest.mark.parametrize(
+        ("labels", "pair"),
+        [
+            (["DC-10", "DC-3", "Spitfire"], "'DC-10' and 'DC-3'"),
+            (["10", "2", "background"], "'10' and '2'"),
+            (["1", "10", "2", "02"], "'02' and '1'"),
+            (["10.5", "2.5"], "'10.5' and '2.5'"),
+        ],
+    )
+    def test_an_order_that_is_not_plain_is_refused(self, tmp_path: Path, labels: list[str], pair: str) -> None:
+        root = make_folder(tmp_path / "d", labels, images=1)
+        names = write(tmp_path / "names.txt", "".join(f"name {k}\n" for k in range(len(labels))))
+        with pytest.raises(UserError, match=f"{pair} can be put in two orders: write lines of label, tab, name"):
+            datasets.load(str(root), how=Reading(class_names=str(names)))
+        write(names, "".join(f"{label}\tname {label}\n" for label in labels))
+        named = datasets.load(str(root), how=Reading(class_names=str(names)))
+        assert all(named.classes[item.label] == f"name {item.name.split('/')[0]}" for item in named.train)
+
+    def test_lists_of_labels_that_have_an_order_of_their_own(self, tmp_path: Path) -> None:
+        """A table's numbers count from 0; a set of torch numbers its classes as it likes."""
+        make_folder(tmp_path / "p", ["x"], images=12)
+        table = write(tmp_path / "list.csv", "path,label\n" + "".join(f"p/x/{i}.png,{i}\n" for i in range(12)))
+        names = write(tmp_path / "names.txt", "".join(f"name {k}\n" for k in range(12)))
+        named = datasets.load(str(table), how=Reading(class_names=str(names)))
+        assert all(named.classes[item.label] == f"name {Path(item.name).stem}" for item in named.train)
+        assert named.notes == ("names by the order of the labels: '0' is 'name 0', … '11' is 'name 11'",)
+        assert words.lines_of(("wolf", "ant 10", "ant 2"), names) == [0, 1, 2]
+
+    @pytest.mark.parametrize(
         ("text", "said"),
         [
             (b"one\n", "holds 1 class names, pictures has 2 classes"),

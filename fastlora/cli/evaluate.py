@@ -33,7 +33,7 @@ def evaluate(
     split_column: SplitColumn = None,
     root: Root = Path("data"),
 ) -> None:
-    """Test the model that RUN adapted on DATA: its test images, or in a plain folder all that RUN did not train on.
+    """Test the model that RUN adapted on DATA: its test images, or all where none are set apart, but none that RUN trained on.
 
     RUN's own data are read as RUN read them, unless an option of the panel Data is given.
     """

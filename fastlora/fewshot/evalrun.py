@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from rich.console import Console
 
 from .. import checkpoint as adapters
-from . import datasets, memory, models, report, summary
+from . import datasets, memory, models, report, summary, wording
 from .crops import Normalise
 from .devices import choose_device, choose_dtype, current
+from .digests import find
 from .errors import UserError
 from .evaluate import Exam, evaluate
 from .images import EvalImages
@@ -60,20 +60,23 @@ def run(
     if how is None:
         how = recipe.reading if data == config["data"] else datasets.Reading()
     dataset = datasets.load(data, root, how)
-    items = dataset.test
-    notes = list(dataset.notes)
-    if items is None:
-        items = dataset.train
-        if dataset.name == config["data_name"]:
-            trained = set(json.loads(folder.split.read_text(encoding="utf-8"))["train"])
-            items = tuple(item for item in items if item.name not in trained)
-            notes.append(f"images that the run trained on, left out: {len(dataset.train) - len(items)}")
-    datasets.check_test(dataset, items)
+    items, left_out = dataset.tested, list[str]()
+    if recipe.method != "zero-shot" or dataset.test is None:  # a zero-shot run trained on nothing
+        items, left_out = _never_drawn(dataset, folder.read_split(), config["data_name"], console)
+    notes = [*dataset.notes, *left_out]
+    if left_out and recipe.reading.class_names is not None and how.class_names is None:
+        notes.append(f"the run took its class names from {recipe.reading.class_names}, here they are those of {data}")
+    try:
+        datasets.check_test(dataset, items)
+    except UserError as error:
+        raise UserError(f"{error} ({'; '.join(left_out)})" if left_out else str(error)) from None
     with Signals("run it again"), current(device), _place(out) as target:
         loaded = loaded_for(config, recipe, device, console)
         prompts = prompts_for(template or config["template"], dataset.template, dataset.own_template)
         prompt = one_or_all(prompts)
-        tokens = loaded.tokenise(prompts, dataset.classes).to(device)
+        tokens = loaded.tokenise(prompts, dataset.classes)
+        notes += wording.remarks(loaded, prompts, dataset.classes, tokens)
+        tokens = tokens.to(device)
         normalise = Normalise(loaded.mean, loaded.std, device)
         test = EvalImages(items, loaded.framing, console)
         exam = Exam("test", dataset.classes, test, tokens)
@@ -117,6 +120,33 @@ def _place(out: Path | None) -> Iterator[RunFolder | None]:
     with target.owned():
         target.check_empty()
         yield target
+
+
+def _never_drawn(
+    dataset: datasets.Dataset, split: dict[str, Any], data_name: str, console: Console
+) -> tuple[tuple[datasets.Item, ...], list[str]]:
+    """The images to test without those that the run drew, and notes on these.
+
+    Args:
+        split: what the run's split.json holds.
+        data_name: what the run called its data, by which alone an older run knows them.
+    """
+    items = dataset.tested
+    if "digests" not in split:
+        left = items
+        if dataset.test is None and dataset.name == data_name:
+            left = tuple(item for item in items if item.name not in split["train"])
+        note = f"images with the names of those that the run trained on, left out: {len(items) - len(left)}"
+        return left, [f"{note}; it kept no digests, by which it would know them under other names: train it again"]
+    train, val = (set(split["digests"][role]) for role in ("train", "val"))
+    found, unknown = find(items, train | val, console)
+    notes = []
+    for what, known in (("trained on", train), ("drew for validation", val - train)):
+        if count := sum(digest in known for digest in found if digest is not None):
+            notes.append(f"images that the run {what}, left out: {count}")
+    if unknown:
+        notes.append(f"images without files, which cannot be compared with those the run trained on: {unknown}")
+    return tuple(item for item, digest in zip(items, found, strict=True) if digest is None), notes
 
 
 def finished(folder: RunFolder) -> tuple[dict[str, Any], Recipe]:

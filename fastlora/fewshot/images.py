@@ -26,7 +26,7 @@ from .datasets import Item, Lazy
 
 __all__ = [
     "IMAGES", "Decoded", "EvalImages", "Framing", "Unreadable", "available_memory", "decode_training", "framed", "gib",
-    "open_rgb", "thumbnail", "training_image",
+    "in_threads", "open_rgb", "thumbnail", "training_image",
 ]  # fmt: skip
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -231,7 +231,7 @@ def decode_training(items: Sequence[Item], max_side: int, into: Decoded, console
     todo = [item for item in items if item.name not in known and item.name not in into.broken]
     if not todo:
         return
-    expected = sum(_map(todo, lambda item: _pixels(item, max_side), None)) * 3
+    expected = sum(in_threads(todo, lambda item: _pixels(item, max_side), None)) * 3
     free = available_memory()
     keep = where == "memory" or (where == "auto" and expected <= TRAINING_SHARE * free)
     verb = "keeping" if keep else "not keeping"
@@ -251,7 +251,7 @@ def decode_training(items: Sequence[Item], max_side: int, into: Decoded, console
 
     with bar(console) as progress:
         task = progress.add_task("decoding training images", total=len(todo))
-        for item, result in zip(todo, _map(todo, one, lambda: progress.advance(task)), strict=True):
+        for item, result in zip(todo, in_threads(todo, one, lambda: progress.advance(task)), strict=True):
             if isinstance(result, str):
                 into.broken[item.name] = result
                 continue
@@ -315,7 +315,7 @@ class EvalImages:
             for start in range(0, len(self.items), batch_size):
                 chunk = self.items[start : start + batch_size]
                 pixels, labels = [], []
-                for item, result in zip(chunk, _map(chunk, self._one, lambda: progress.advance(task)), strict=True):
+                for item, result in zip(chunk, in_threads(chunk, self._one, lambda: progress.advance(task)), strict=True):
                     if isinstance(result, str):
                         decoded.broken[item.name] = result
                         continue
@@ -340,8 +340,8 @@ def thumbnail(item: Item, size: int) -> Image.Image:
     return Image.fromarray(framed(open_rgb(item)[0], Framing(size)).permute(1, 2, 0).numpy())
 
 
-def _map(items: Sequence[T], function: Callable[[T], R], tick: Callable[[], None] | None) -> list[R]:
-    """function of each item, in order, on as many threads as there are cores (Pillow lets go of Python's lock)."""
+def in_threads(items: Sequence[T], function: Callable[[T], R], tick: Callable[[], None] | None) -> list[R]:
+    """Return function of each item, in order, on as many threads as there are cores (Pillow lets go of Python's lock)."""
     results = []
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for result in pool.map(function, items):

@@ -27,7 +27,7 @@ class Prepared:
     test: EvalImages
     templates: tuple[str, ...]
     flip: bool
-    remarks: tuple[str, ...] = ()  # on the model
+    remarks: list[str] = dataclasses.field(default_factory=list)  # what the run found out later
 
     def prompts(self) -> list[str]:
         """Prompts, class by class, one for each template."""
@@ -41,7 +41,7 @@ class Prepared:
         """What was left out, shrunk or converted: one line each."""
         drawn, tested = self.decoded, self.test.decoded
         both = Decoded({}, drawn.broken | tested.broken, drawn.remarks | tested.remarks)
-        return [*self.remarks, *self.dataset.notes, *self.shots.notes, *both.notes()]
+        return [*self.dataset.notes, *self.shots.notes, *self.remarks, *both.notes()]
 
 
 def prepare(

@@ -72,7 +72,7 @@ class RunFolder:
                 raise UserError(f"--out {self.path} holds another run: choose another folder, or go on with it by --resume")
             there = self.read_config()
             for key, value in _flat(json.loads(json.dumps(identity))).items():
-                if _flat(there).get(key) != value:
+                if _flat(there).get(key) != value and not (key == "data" and self._knows_images()):
                     was = _flat(there).get(key)
                     raise UserError(f"--resume: the run in {self.path} has {key} = {was!r}, now it is {value!r}")
             if self.metrics.is_file():
@@ -97,7 +97,10 @@ class RunFolder:
         there = self.read_config().get("classes") if self.config.is_file() else None
         if there is not None and there != list(classes):
             was, now = next(((a, b) for a, b in zip(there, classes, strict=False) if a != b), (len(there), len(classes)))
-            raise UserError(f"--resume: the run in {self.path} has the class {was!r} where there is {now!r} now")
+            raise UserError(
+                f"--resume: the run in {self.path} has the class {was!r} where there is {now!r} now:"
+                " put it back, or begin another run in another --out"
+            )
 
     def check_space(self, needed: int) -> None:
         """Raise UserError unless `needed` bytes are free where the folder is, or will be."""
@@ -126,6 +129,23 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.config} is not the config of a run: {error!r}") from error
         return config
+
+    def _knows_images(self) -> bool:
+        """Whether the trainer will compare the images with those of a checkpoint, so that they may lie elsewhere by now."""
+        return self.checkpoint.is_file() and not self.metrics.is_file() and "digests" in self.read_split()
+
+    def read_split(self) -> dict[str, Any]:
+        """split.json: the names of the images that the run drew, by role, and their digests, which older runs did not keep.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        try:
+            split = json.loads(self.split.read_text(encoding="utf-8"))
+            split["train"], split["val"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.split} is not the split of a run: {error!r}") from error
+        return split
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

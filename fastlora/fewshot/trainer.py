@@ -16,9 +16,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..patch import patch
-from . import datasets, memory, models, summary
+from . import datasets, memory, models, summary, wording
 from .crops import Normalise
 from .devices import choose_device, choose_dtype, current
+from .digests import Digests
 from .distributed import Ranks
 from .errors import UserError
 from .evaluate import Exam, autocast, encode_prompts, evaluate, image_features
@@ -26,6 +27,7 @@ from .finish import finish, save
 from .halves import base_and_new
 from .images import EvalImages
 from .job import NEW, TEST, Job
+from .kept import Kept, Sheet
 from .loop import Loop, load_checkpoint
 from .methods import coop, probe, tip_adapter
 from .methods.frozen import Frozen, views
@@ -91,7 +93,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         if begun_as is not None:
             models.check_network(begun_as, loaded, "the run to go on with")
         data = prepare(dataset, recipe, loaded.framing, console, shared, whole, job.images)
-        data.remarks = loaded.notes
+        data.remarks += loaded.notes
         timings = {"load model, decode training images": time.monotonic() - begun}
         folder.remove_leftovers()
         setting = {
@@ -99,19 +101,25 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
             "network": loaded.network.to_dict(),
         }  # fmt: skip
-        write_json(folder.config, identity(recipe, job.called) | setting)
-        split = {"train": [item.name for item in data.shots.train], "val": [item.name for item in data.shots.val]}
+        kept = _kept(data, new, others, whole, shared, console)
         if len(dataset.classes) < ranks.world:
             raise UserError(f"{ranks.world} processes share {len(dataset.classes)} class prompts: start one a class at most")
         checkpoint = RunFolder(job.out).checkpoint
         state = load_checkpoint(checkpoint) if job.resume and checkpoint.is_file() else None
         ranks.wait()  # nobody writes before all have read
-        if state is not None and state["extra"]["split"] != split:
-            raise UserError(f"--resume: the images in {job.called} are not those the run in {job.out} began with")
-        write_json(folder.split, split)
+        if state is not None:
+            kept.check(state["extra"], job.called, job.out)
+        data.remarks += [f"{name}: {note}" for name, other in others.items() for note in other.notes]
+        data.remarks += kept.notes() if recipe.method != "zero-shot" else []
+        write_json(folder.config, identity(recipe, job.called) | setting)
+        write_json(folder.split, kept.split())
 
         def exam(name: str, about: datasets.Dataset, images: EvalImages) -> Exam:
-            tokens = loaded.tokenise(prompts_for(recipe.template, about.template, about.own_template), about.classes)
+            templates = prompts_for(recipe.template, about.template, about.own_template)
+            tokens = loaded.tokenise(templates, about.classes)
+            for note in wording.remarks(loaded, templates, about.classes, tokens):
+                data.remarks.append(note if name == TEST else f"{name}: {note}")
+                console.print(f"note: {data.remarks[-1]}", style="bold", highlight=False, markup=False)
             return Exam(name, about.classes, images, tokens.to(device))
 
         def held_out(about: datasets.Dataset) -> EvalImages:
@@ -154,7 +162,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
                 lent.callback(undo)
                 exams = [dataclasses.replace(sat, tokens=prompts) for sat, prompts in zip(exams, placed, strict=True)]
             loop = _train(
-                job, folder, loaded, data, exams[0].tokens, dtype, term, state, before, split, signals, ranks, console, details
+                job, folder, loaded, data, exams[0].tokens, dtype, term, state, before, kept, signals, ranks, console, details
             )
             timings["training"] = loop.seconds
             begun = time.monotonic()
@@ -171,12 +179,26 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         return finish(job, folder, data, before, after, loop, details, timings, device, dtype, console)
 
 
+def _kept(data: Prepared, new: datasets.Dataset | None, others: dict[str, datasets.Dataset], whole: datasets.Dataset,
+          shared: Shared, console: Console) -> Kept:  # fmt: skip
+    """Look at every image that is drawn or tested."""
+
+    def sheet(about: datasets.Dataset, items: tuple[datasets.Item, ...], which: str = "") -> Sheet:
+        return Sheet(about.classes, items, shared.once(whole, ("digests", which), Digests).of(items, console))
+
+    drawn = {"train": sheet(data.dataset, data.shots.train), "val": sheet(data.dataset, data.shots.val)}
+    tests = {TEST: sheet(data.dataset, data.shots.test)}
+    if new is not None:
+        tests[NEW] = sheet(new, new.tested)
+    return Kept(drawn, tests | {name: sheet(other, other.tested, name) for name, other in others.items()})
+
+
 def _restored(zero_shot: dict[str, Any], exams: list[Exam]) -> dict[str, Result]:
     return {exam.name: Result(exam.classes, **zero_shot[exam.name]) for exam in exams if exam.name in zero_shot}
 
 
 def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepared, tokens: Tensor, dtype: torch.dtype | None,
-           term: ZeroShotTerm | None, state: dict[str, Any] | None, before: dict[str, Result], split: dict[str, list[str]],
+           term: ZeroShotTerm | None, state: dict[str, Any] | None, before: dict[str, Result], kept: Kept,
            signals: Signals, ranks: Ranks, console: Console, details: dict[str, Any]) -> Loop:  # fmt: skip
     recipe, model = job.recipe, loaded.model
     torch.manual_seed(recipe.seed)
@@ -198,7 +220,7 @@ def _train(job: Job, folder: RunFolder, loaded: models.LoadedModel, data: Prepar
     loop = Loop(model, recipe, trained, tokens, dtype, ranks, term, job.engine, job.microbatch, console.print)
     if state is not None:
         loop.restore(state)
-    extra = {"split": split, "zero_shot": {name: result.tensors() for name, result in before.items()}}
+    extra = kept.to_state() | {"zero_shot": {name: result.tensors() for name, result in before.items()}}
     with _NoLog() if job.brief else _log(folder.log, loop.step) as log:
         log.add_scalar("test/accuracy", before[TEST].accuracy, 0)
         every = job.checkpoint_seconds, job.checkpoint_steps

@@ -15,15 +15,16 @@ from pathlib import Path
 from ..errors import UserError
 from ..reading import Reading
 from . import coop, digits, folder, huggingface, table, tars, torchvision
-from .base import Dataset, Item, Lazy, check_test, check_training
+from .base import Dataset, Item, Lazy, check_test, check_training, class_name
 from .held_out import hold_out
 from .known import KNOWN, identify, locate
+from .naming import with_remarks
 from .torchvision import from_torch
 from .words import prompts, read_class_names, rename
 
 __all__ = [
-    "KNOWN", "Dataset", "Item", "Lazy", "Reading", "check_test", "check_training", "find", "from_torch", "load", "locate",
-    "prompts",
+    "KNOWN", "Dataset", "Item", "Lazy", "Reading", "check_test", "check_training", "class_name", "find", "from_torch", "load",
+    "locate", "prompts",
 ]  # fmt: skip
 
 
@@ -57,6 +58,8 @@ def load(data: str, root: Path = Path("data"), how: Reading | None = None) -> Da
     dataset = found.read(how)
     if names is not None and how.class_names is not None:
         dataset = rename(dataset, names, Path(how.class_names))
+    path = Path(data).expanduser()
+    dataset = with_remarks(dataset, path if path.is_dir() else path.parent)
     return hold_out(dataset, how.validation) if how.validation else dataset
 
 

@@ -24,11 +24,11 @@ __all__ = [
     "check_training",
     "class_name",
     "from_rows",
+    "places_of",
     "role_of",
 ]
 
 TEMPLATE = "a photo of a {}."
-UNNAMED = "classes without names, prompted as the numbers"
 IMAGE_ENDINGS = (".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
                  ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 ROLES = {
@@ -85,6 +85,11 @@ class Dataset:
     generated: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def tested(self) -> tuple[Item, ...]:
+        """The test images; where the set keeps none, all that could be."""
+        return self.train if self.test is None else self.test
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -99,6 +104,12 @@ class Row:
 def class_name(label: str) -> str:
     """What a folder or label becomes in a prompt: underscores to spaces, composed Unicode (macOS stores it decomposed)."""
     return unicodedata.normalize("NFC", label).replace("_", " ").strip()
+
+
+def places_of(names: Sequence[str], among: Sequence[str]) -> list[int | None]:
+    """Return where each of `names` stands among other class names, None where none of them means the same class."""
+    index = {class_name(name): i for i, name in enumerate(among)}
+    return [index.get(class_name(name)) for name in names]
 
 
 def role_of(split: str) -> str | None:
@@ -133,8 +144,6 @@ def from_rows(
     if len(names) < 2:
         raise UserError(f"{where} has one class, {names[0]!r}: give it at least two")
     notes = [*notes]
-    if numbers and classes is None:
-        notes.append(f"{UNNAMED} 0 to {len(names) - 1}: --class-names FILE names them")
     seen: dict[str, Row] = {}
     roles: dict[str | None, list[Item]] = {None: [], "train": [], "val": [], "test": []}
     for row in rows:
@@ -201,7 +210,7 @@ def check_training(dataset: Dataset) -> None:
 def check_test(dataset: Dataset, items: Sequence[Item] | None = None) -> None:
     """Raise UserError unless each class has an image among `items`, or, by default, those that accuracy is measured on."""
     if items is None:
-        items = dataset.train if dataset.test is None else dataset.test
+        items = dataset.tested
     tested = {item.label for item in items}
     if untested := [name for label, name in enumerate(dataset.classes) if label not in tested]:
         more = f" (nor have {len(untested) - 1} others)" if len(untested) > 1 else ""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .base import Dataset, Item, refuse_duplicates
+from .base import Dataset, Item, class_name, refuse_duplicates
 from .folder import class_folders, class_items
 from .known import GENERATED, KNOWN, KnownSet
-from .words import read_lines
+from .words import read_lines, read_synsets
 
 __all__ = ["read"]
 
@@ -69,13 +68,13 @@ def _split(known: KnownSet, place: Path) -> Lists:
         raise UserError(f"{file}: labels are not 0 to {len(names) - 1}, {gap} is missing")
     if len(names) < 2:
         raise UserError(f"{file} has {len(names)} classes: give it at least two")
-    classes = [names[label].replace("_", " ") for label in range(len(names))]
+    classes = [names[label] for label in range(len(names))]
     refuse_duplicates(classes, lambda a, b: f"labels {a} and {b} in {file}")
     return classes, roles, []
 
 
 def _split_item(images: Path, names: dict[int, str], path: str, label: Any, name: str) -> Item:
-    if names.setdefault(int(label), name) != name:
+    if names.setdefault(int(label), class_name(name)) != class_name(name):
         raise ValueError(f"label {label} is both {names[int(label)]!r} and {name!r}")
     return Item(int(label), path, images / path)
 
@@ -101,15 +100,7 @@ def _imagenet(place: Path) -> Lists:
     """train/n01440764/… and val/n01440764/…; names in classnames.txt as CoOp has it, or in Kaggle's LOC_synset_mapping.txt."""
     mapping, train, val = (piece.find(place) for piece in KNOWN["imagenet"].needs())
     assert mapping is not None and train is not None and val is not None
-    names: dict[str, str] = {}
-    for number, line in enumerate(read_lines(mapping, "class names"), 1):
-        wnid, _, name = line.partition(" ")
-        name = name.split(",")[0].strip() if mapping.name != "classnames.txt" else name.strip()
-        if not re.fullmatch(r"n\d{8}", wnid) or not name or wnid in names:
-            raise UserError(
-                f"{mapping}, line {number}: expected a new WordNet id and a class name (n01440764 tench), got {line!r}"
-            )
-        names[wnid] = name
+    names = read_synsets(mapping)
     left_out: Counter[str] = Counter()
     folders = {role: class_folders(path, left_out) for role, path in (("train", train), ("test", val))}
     if len(folders["train"]) < 2:

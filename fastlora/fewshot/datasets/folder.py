@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .base import IMAGE_ENDINGS, Dataset, Item, class_name, refuse_duplicates, role_of
+from .base import IMAGE_ENDINGS, Dataset, Item, class_name, places_of, refuse_duplicates, role_of
+from .ours import is_ours
 
 __all__ = ["class_folders", "class_items", "read"]
 
 LOST = "links that lead nowhere or in a circle, left out"
+OURS = "folders of runs, left out"
 
 
 def read(folder: Path) -> Dataset:
@@ -23,7 +25,8 @@ def read(folder: Path) -> Dataset:
     """
     left_out: Counter[str] = Counter()
     notes = []
-    below = class_folders(folder, Counter())  # counted where classes are read
+    beside: Counter[str] = Counter()
+    below = class_folders(folder, beside)
     roles = {role: path for path in below.values() if (role := role_of(path.name))}
     val, test = roles.get("val"), roles.get("test")
     tested = test or val
@@ -31,6 +34,7 @@ def read(folder: Path) -> Dataset:
         classes, train = _read_classes(folder, folder, None, left_out)
         val_items, test_items = [], None
     else:
+        left_out[OURS] = beside[OURS]
         classes, train = _read_classes(folder, roles["train"], None, left_out)
         test_items = tuple(_read_classes(folder, tested, classes, left_out)[1])
         val_items = _read_classes(folder, val, classes, left_out)[1] if val and test else []
@@ -38,32 +42,31 @@ def read(folder: Path) -> Dataset:
             notes.append(f"tested on {tested.name}: there is no folder named test")
         if others := sorted(set(below.values()) - {roles["train"], tested, val}):
             notes.append(f"folders beside train and {tested.name}, left out: {len(others)}, the first is {others[0].name}")
-    names = tuple(class_name(c) for c in classes)
-    refuse_duplicates(names, lambda a, b: f"folders {classes[a]!r} and {classes[b]!r} in {folder}")
-    notes += [f"{what}: {count}" for what, count in left_out.items()]
-    return Dataset(folder.resolve().name, names, tuple(train), tuple(val_items), test_items, notes=tuple(notes))
+    notes += [f"{what}: {count}" for what, count in left_out.items() if count]
+    return Dataset(folder.resolve().name, tuple(classes), tuple(train), tuple(val_items), test_items, notes=tuple(notes))
 
 
 def _read_classes(base: Path, folder: Path, expected: list[str] | None, left_out: Counter[str]) -> tuple[list[str], list[Item]]:
-    """Class folders of `folder` in order of name, and their images; names relative to `base`."""
-    found = class_folders(folder, left_out)
+    """The classes of `folder`, in order of its folders' names or as `expected`, and their images, named from `base` on."""
+    found = sorted(class_folders(folder, left_out).items())
+    names = [class_name(name) for name, _ in found]
+    refuse_duplicates(names, lambda a, b: f"folders {found[a][0]!r} and {found[b][0]!r} in {folder}")
     if expected is None:
         if len(found) < 2:
             loose = any(p.suffix.lower() in IMAGE_ENDINGS for p in folder.iterdir())
             what = "images but no" if loose and not found else f"{len(found)}"
             raise UserError(f"{folder} holds {what} class folders: give it one sub-folder a class, at least two")
-        expected = sorted(found)
-    elif unknown := sorted(set(found) - set(expected)):
-        raise UserError(f"class folder {folder / unknown[0]} has no counterpart in {base / 'train'}")
-    items = []
-    for label, name in enumerate(expected):
-        if name in found:
-            items += class_items(base, found[name], label, left_out)
-    return expected, items
+        expected = names
+    labelled = []
+    for label, (_, path) in zip(places_of(names, expected), found, strict=True):
+        if label is None:
+            raise UserError(f"class folder {path} has no counterpart in {base / 'train'}")
+        labelled.append((label, path))
+    return expected, [item for label, path in sorted(labelled) for item in class_items(base, path, label, left_out)]
 
 
 def class_folders(folder: Path, left_out: Counter[str]) -> dict[str, Path]:
-    """Sub-folders by name; hidden ones, and links that lead back up, are not classes."""
+    """Sub-folders by name; hidden ones, links that lead back up, and what fastlora wrote are not classes."""
     above = {folder.resolve(), *folder.resolve().parents}
     found = {}
     for entry in _entries(folder):
@@ -72,6 +75,8 @@ def class_folders(folder: Path, left_out: Counter[str]) -> dict[str, Path]:
                 left_out[LOST] += 1
         elif entry.is_symlink() and Path(entry.path).resolve() in above:
             left_out[LOST] += 1
+        elif is_ours(Path(entry.path)):
+            left_out[OURS] += 1
         else:
             found[entry.name] = Path(entry.path)
     return found
@@ -90,7 +95,7 @@ def class_items(base: Path, folder: Path, label: int, left_out: Counter[str]) ->
 
 
 def _image_files(folder: str | Path, left_out: Counter[str], above: frozenset[Path] = frozenset()) -> Iterator[str]:
-    """Files below `folder` that are named like images; links are followed, circles are not."""
+    """Files below `folder` that are named like images; links are followed, circles and what fastlora wrote are not."""
     above = above | {Path(folder).resolve()}
     for entry in _entries(folder):
         if entry.name.startswith("."):
@@ -98,6 +103,8 @@ def _image_files(folder: str | Path, left_out: Counter[str], above: frozenset[Pa
         if _is_folder(entry):
             if entry.is_symlink() and any(up.is_relative_to(Path(entry.path).resolve()) for up in above):
                 left_out[LOST] += 1
+            elif is_ours(Path(entry.path)):
+                left_out[OURS] += 1
             else:
                 yield from _image_files(entry.path, left_out, above)
         elif entry.is_symlink() and not os.path.exists(entry.path):

@@ -45,17 +45,16 @@ def read(name: str, how: Reading) -> Dataset:
         if not splits:
             raise UserError(f"hf:{name} has the splits {', '.join(others)}: none is called train, validation or test")
     rows: list[Row] = []
-    classes: list[str] | None = None
     unlabelled = 0
+    columns_of = {split: find_columns(_where(name, split), list(part.column_names), _with_image(library, part, how))
+                  for split, part in splits.items()}  # fmt: skip
+    names = {split: getattr(part.features[columns_of[split]["label"]], "names", None) for split, part in splits.items()}
+    # splits that number their classes in different ways have only the words in common
+    by_words = any(own != names[next(iter(splits))] for own in names.values())
     for split, part in splits.items():
-        where = f"hf:{name}" + (f", {split}" if split else "")
-        columns = find_columns(where, list(part.column_names), _with_image(library, part, how))
+        where, columns, own = _where(name, split), columns_of[split], names[split]
         # a column named set or role means something else beside splits that have names
         by = columns.get("split") if len(splits) == 1 or how.split_column else None
-        named = getattr(part.features[columns["label"]], "names", None)
-        if classes is not None and named != classes:
-            raise UserError(f"{where}: its classes are not those of the split before it")
-        classes = named
         images = _undecoded(library, where, part, columns["image"])
         labels = _column(part, columns["label"])
         said = _column(part, by) if by else [None] * len(labels)
@@ -65,6 +64,9 @@ def read(name: str, how: Reading) -> Dataset:
                 continue
             if not isinstance(label, (int, str)):
                 raise UserError(f"{where}: {columns['label']} holds {type(label).__name__}s: name a column of words or numbers")
+            if by_words and own is None and isinstance(label, int):
+                raise UserError(f"{where}: its classes are numbers, those of another split have names: name a column of words")
+            label = own[label] if by_words and own is not None and isinstance(label, int) else label
             role = roles[split] if by is None else role_in(f"{where}, row {i}", by, cell)
             rows.append(
                 Row(role, str(label).strip(), f"{split} {i}".strip(), Lazy(partial(_image, images, columns["image"], i)))
@@ -72,7 +74,11 @@ def read(name: str, how: Reading) -> Dataset:
     if unlabelled:
         notes.append(f"images without a label, left out: {unlabelled}")
     short = Path(name.partition(":")[0]).name
-    return from_rows(short, f"hf:{name}", rows, classes, notes)
+    return from_rows(short, f"hf:{name}", rows, None if by_words else next(iter(names.values())), notes)
+
+
+def _where(name: str, split: str) -> str:
+    return f"hf:{name}" + (f", {split}" if split else "")
 
 
 def _open(library: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,23 @@ def read(data: str, paths: list[Path], how: Reading) -> Dataset:
     name = place.name if place.is_dir() else re.sub(r"[-_.]*\{.*?\}", "", place.name).removesuffix(".tar") or "tars"
     notes = [f"samples without an image, left out: {without}"] if without else []
     numbers = all(row.label.isdecimal() for row in rows)
-    classes = read_lines(base / NAMES, "class names") if rows and numbers and (base / NAMES).is_file() else None
-    return from_rows(name, data, rows, classes, notes)
+    return from_rows(name, data, rows, _names([base, *(path.parent for path in paths)]) if rows and numbers else None, notes)
+
+
+def _names(folders: Iterable[Path]) -> list[str] | None:
+    """What numbers mean, from the lists beside the tars, which must agree.
+
+    Raises:
+        UserError: they do not.
+    """
+    lists = {file: read_lines(file, "class names") for folder in folders if (file := folder / NAMES).is_file()}
+    for file, names in lists.items():
+        first, wanted = next(iter(lists.items()))
+        if names != wanted:
+            pairs = (pair for pair in zip(wanted, names, strict=False) if pair[0] != pair[1])
+            was, now = next(pairs, (len(wanted), len(names)))
+            raise UserError(f"{first} has {was!r} where {file} has {now!r}: give labels that are words, or one list")
+    return next(iter(lists.values()), None)
 
 
 Sample = dict[str, Any]

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+from torch.utils.data import ConcatDataset, Subset
 
 from ..errors import UserError
-from .base import Dataset, Lazy, Row, from_rows
+from .base import Dataset, Lazy, Row, class_name, from_rows, places_of
+from .naming import with_remarks
 
 __all__ = ["from_torch", "read"]
 
@@ -43,9 +45,9 @@ def read(name: str, root: Path) -> Dataset:
         raise UserError(f"torchvision:{name} needs {', '.join(more)}: make it in Python and give it to datasets.from_torch")
     make = partial(_make, kind, name, root, "download" in parameters)
     if "train" in parameters:
-        return from_torch(name, make(train=True), test=make(train=False))
+        return _gather(name, make(train=True), test=make(train=False))
     if "split" not in parameters:
-        return from_torch(name, make())
+        return _gather(name, make())
     found = {}
     for role, words in SPLITS.items():
         for word in words:
@@ -56,7 +58,7 @@ def read(name: str, root: Path) -> Dataset:
                 refused = error
     if "train" not in found:
         raise UserError(f"torchvision:{name} has no split for training: {' '.join(str(refused).split())}")
-    return from_torch(name, **found)
+    return _gather(name, **found)
 
 
 def _make(kind: Any, name: str, root: Path, downloads: bool, **which: Any) -> Any:
@@ -83,21 +85,70 @@ def from_torch(name: str, train: Any, val: Any = None, test: Any = None, classes
         train: what shots are drawn from.
         val: what validation shots are drawn from.
         test: what accuracy is measured on; None for what the shots leave of `train`.
-        classes: class names; None for those that `train` has (.classes or .categories), else the numbers.
+        classes: class names, in the order of the labels of `train`; None for those that it has (.classes or .categories), else
+            the numbers.
+
+    A `val` or `test` with class names of its own is matched by them; one without has the labels of `train`.
 
     Raises:
-        UserError: a set that gives something else, for example tensors: give it without a transform.
+        UserError: a set that gives something else, for example tensors: give it without a transform; a class of `val` or `test`
+            that `train` does not have.
     """
-    if classes is None:
-        named = next((found for key in NAMES if isinstance(found := getattr(train, key, None), Sequence)), None)
-        # ImageNet has several words for a class
-        classes = None if named is None else [str(c) if isinstance(c, str) else str(c[0]) for c in named]
+    return with_remarks(_gather(name, train, val, test, classes))
+
+
+def _gather(name: str, train: Any, val: Any = None, test: Any = None, classes: Sequence[str] | None = None) -> Dataset:
+    """As `from_torch`, without what there is to say of the names."""
+    own = _names(name, train)
+    known = classes if own is None else own
     rows = []
     for role, part in (("train", train), ("val", val), ("test", test)):
         if part is not None:
             labels = _labels(name, part)
+            if part is not train and (names := _names(name, part)) is not None:
+                labels = _by_name(f"{name}, {role}", labels, names, known)
             rows += [Row(role, str(k), f"{role} {i}", Lazy(partial(_image, part, i))) for i, k in enumerate(labels)]
-    return from_rows(name, name, rows, classes)
+    return from_rows(name, name, rows, own if classes is None else classes)
+
+
+def _by_name(where: str, labels: list[int], names: Sequence[str], known: Sequence[str] | None) -> list[int]:
+    """`labels`, which index `names`, as indices of `known`.
+
+    Raises:
+        UserError: a label without a name, or a class that is none of `known`.
+    """
+    if known is None:
+        raise UserError(f"{where} has class names, the training set has none: give classes, in the order of its labels")
+    if [class_name(n) for n in names] == [class_name(n) for n in known]:
+        return labels
+    places = places_of(names, known)
+    found = []
+    for label in labels:
+        if not 0 <= label < len(places):
+            raise UserError(f"{where} has label {label}, but {len(names)} class names")
+        if (place := places[label]) is None:
+            raise UserError(
+                f"{where}: class {names[label]!r} is not in the training set: leave its images out, or train on it too"
+            )
+        found.append(place)
+    return found
+
+
+def _names(name: str, part: Any) -> list[str] | None:
+    """The class names that a set has, or the sets that a Subset or ConcatDataset is made of.
+
+    Raises:
+        UserError: sets that were joined and number their classes in different ways.
+    """
+    for key in NAMES:
+        if isinstance(found := getattr(part, key, None), Sequence) and not isinstance(found, str):
+            # ImageNet has several words for a class
+            return [str(c[0]) if isinstance(c, (tuple, list)) and c else str(c) for c in found]
+    inner = part.datasets if isinstance(part, ConcatDataset) else [part.dataset] if isinstance(part, Subset) else []
+    several = [_names(name, one) for one in inner]
+    if any(names != several[0] for names in several):
+        raise UserError(f"{name} joins sets that number their classes in different ways: give them the same classes first")
+    return several[0] if several else None
 
 
 def _labels(name: str, part: Any) -> list[int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
 from ..recipe import OWN
-from .base import UNNAMED, Dataset, class_name, refuse_duplicates
+from .base import Dataset, class_name, refuse_duplicates
 
-__all__ = ["decode", "prompts", "read_class_names", "read_lines", "read_templates", "rename"]
+__all__ = ["decode", "prompts", "read_class_names", "read_lines", "read_synsets", "read_templates", "rename"]
 
 
 def decode(path: Path) -> str:
@@ -84,9 +85,31 @@ def prompts(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def read_synsets(path: Path) -> dict[str, str]:
+    """WordNet id -> class name, from lines as n01440764 tench: CoOp's classnames.txt, or Kaggle's LOC_synset_mapping.txt, of
+    whose several names the first counts.
+
+    Raises:
+        UserError: another kind of line, or an id that stands there twice.
+    """
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_lines(path, "class names"), 1):
+        wnid, _, name = line.partition(" ")
+        name = name.strip() if path.name == "classnames.txt" else name.split(",")[0].strip()
+        if not re.fullmatch(r"n\d{8}", wnid) or not name or wnid in names:
+            raise UserError(
+                f"{path}, line {number}: expected a new WordNet id and a class name (n01440764 tench), got {line!r}"
+            )
+        names[wnid] = name
+    return names
+
+
 def read_class_names(path: Path) -> list[str] | dict[str, str]:
-    """Class names, one a line, in the order of the labels; or, where every line has a tab, label, tab, name: a mapping."""
+    """Class names, one a line, in the order of the labels; or a mapping: label, tab, name in every line, or WordNet id, space,
+    name."""
     lines = read_lines(path, "class names")
+    if all(re.match(r"n\d{8} ", line) for line in lines):
+        return read_synsets(path)
     pairs = [line.split("\t") for line in lines]
     if all(len(pair) == 1 for pair in pairs):
         return lines
@@ -99,18 +122,49 @@ def read_class_names(path: Path) -> list[str] | dict[str, str]:
 
 
 def rename(dataset: Dataset, names: Sequence[str] | dict[str, str], where: Path) -> Dataset:
-    """`dataset` with other class names.
+    """`dataset` with other class names: by label, or one after another in the order that `lines_of` gives its labels.
 
     Raises:
-        UserError: another number of names than of classes, a class without a name, one name for two classes.
+        UserError: another number of names than of classes, a class without a name, one name for two classes, no plain order.
     """
+    labels, notes = dataset.classes, list(dataset.notes)
     if isinstance(names, dict):
-        if unnamed := [name for name in dataset.classes if name not in names]:
+        if unnamed := [name for name in labels if name not in names]:
             raise UserError(f"{where} has no line for class {unnamed[0]!r} of {dataset.name}")
-        names = [names[name] for name in dataset.classes]
-    if len(names) != len(dataset.classes):
-        raise UserError(f"{where} holds {len(names)} class names, {dataset.name} has {len(dataset.classes)} classes")
-    classes = tuple(class_name(name) for name in names)
+        classes = [class_name(names[label]) for label in labels]
+    else:
+        if len(names) != len(labels):
+            raise UserError(f"{where} holds {len(names)} class names, {dataset.name} has {len(labels)} classes")
+        line = lines_of(labels, where)
+        classes = [class_name(names[i]) for i in line]
+        first, last = line.index(0), line.index(len(line) - 1)
+        order = "the order of the labels" if line == sorted(line) else "the labels' natural order"
+        notes.append(f"names by {order}: {labels[first]!r} is {classes[first]!r}, … {labels[last]!r} is {classes[last]!r}")
     refuse_duplicates(classes, lambda a, b: f"two lines of {where}")
-    notes = tuple(note for note in dataset.notes if not note.startswith(UNNAMED))
-    return dataclasses.replace(dataset, classes=classes, notes=notes)
+    return dataclasses.replace(dataset, classes=tuple(classes), notes=tuple(notes))
+
+
+def lines_of(labels: Sequence[str], where: Path) -> list[int]:
+    """Return which line of a list names each of `labels`: the same order, but "2" before "10" in numbered labels.
+
+    Raises:
+        UserError: labels sorted as text, among them numbers that are not all of one kind, so that their order is not plain.
+    """
+    as_given = list(range(len(labels)))
+    natural = sorted(as_given, key=lambda i: [int(part) if part.isdecimal() else part for part in _parts(labels[i])])
+    if natural == as_given or list(labels) != sorted(labels):  # labels that no reader sorted have an order of their own
+        return as_given
+    numbers = {label: [int(part) for part in _parts(label) if part.isdecimal()] for label in labels}
+    shapes = {tuple(part for part in _parts(label) if not part.isdecimal()) for label in labels}
+    if len(shapes) > 1 or {len(n) for n in numbers.values()} != {1} or len({n[0] for n in numbers.values()}) < len(labels):
+        i = next(i for i in as_given if natural[i] != i)
+        raise UserError(
+            f"{where} names classes by their order, but {labels[i]!r} and {labels[natural[i]]!r} can be put in two orders:"
+            " write lines of label, tab, name"
+        )
+    return sorted(as_given, key=natural.__getitem__)
+
+
+def _parts(label: str) -> list[str]:
+    """ "n-10" -> "n-", "10", "": text and digits by turns, text first."""
+    return re.split(r"(\d+)", label)
