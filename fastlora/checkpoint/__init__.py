@@ -9,13 +9,15 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from ..adapters import delete_adapter, set_adapter, using
+from ..adapters import bring, set_adapter, using
+from ..beside import Kept, host_state, trained, whole
 from ..config import LoRAConfig
 from ..layers import DEFAULT
-from ..patch import add_adapter, unmerge, unpatch
-from ..record import PatchReport, lora_layers, patched, record_of, report_of
+from ..patch import check_new, install, unmerge
+from ..plan import Plan, plan
+from ..record import PatchReport, lora_layers, originals, parameters_of, patched, record_of, report_of
 from . import merged, native, paper, peft
-from .files import whole
+from .files import FLOATS, one_line, plain
 
 __all__ = ["load", "save"]
 
@@ -48,14 +50,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "fa
     if name not in record.configs:
         raise ValueError(f"no adapter is called {name!r}: there are {', '.join(record.configs)}")
     with using(model, name):
-        config = record.configs[name]
-        if format == "fastlora":
-            tensors = {key: whole(parameter).float() for key, parameter in _parameters(model).items()}
-            native.write(model, config, tensors, Path(path))
-        elif format == "merged":
+        config, beside = record.configs[name], trained(model, record.marks)
+        if format == "merged":
             merged.write(model, Path(path))
+        elif format == "fastlora":
+            parameters = parameters_of(dict(lora_layers(model)), name)
+            native.write(model, config, {key: whole(p).float() for key, p in parameters.items()}, beside, Path(path))
         else:
-            (peft if format == "peft" else paper).write(model, config, Path(path))
+            (peft if format == "peft" else paper).write(model, config, beside, Path(path))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAULT, check_base: bool = True) -> PatchReport:
@@ -74,52 +76,51 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAU
         FileNotFoundError: no such file.
         ValueError: not an adapter, or one for another model, rank, config or base; says what differs.
     """
-    source = _open(Path(path), model)
-    record = record_of(model)
+    path, record = Path(path), record_of(model)
     there = None if record is None else record.configs.get(adapter)
-    config = source.config(model, there)
-    if there is not None and there != config:
-        raise ValueError(
-            f"{path} was saved with {config}, the model's {adapter!r} has {there}: unpatch it first, or give another name"
-        )
-    if there is None:
-        active = None if record is None else record.active
-        # drawing the initial A must not move the caller's generator
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            add_adapter(model, adapter, config)
-    try:
-        with using(model, adapter):
-            parameters = _parameters(model)
-            tensors = source.tensors(model, set(parameters))
-            _check(path, parameters, tensors)
-            if check_base:
-                source.check_base(model)
-    except ValueError:
-        if record is None:
-            unpatch(model)
-        elif there is None:
-            delete_adapter(model, adapter)
-            set_adapter(model, active)
-        raise
-    unmerge(model)
-    set_adapter(model, adapter)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    # first all that can fail; what is read and made anew is on the CPU, whatever device the caller has chosen
+    with one_line(), torch.device("cpu"):
+        source = _open(path, model)
+        config = source.config(model, there)
+        if there is None:
+            check_new(model, adapter)
+        elif there != config:
+            raise ValueError(
+                f"{path} was saved with {config}, the model's {adapter!r} has {there}: unpatch it first, or give another name"
+            )
+        planned = plan(model, config, originals(model))
+        parameters = None if there is None else parameters_of(dict(lora_layers(model)), adapter)
+        values = _values(path, planned, source.tensors(model, planned), parameters)
+        beside = _beside(path, host_state(model), source.beside)
+        if check_base:
+            source.check_base(model, planned)
+    if parameters is None:
+        install(model, adapter, planned, values)
+    else:
+        unmerge(model)
+        set_adapter(model, adapter)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+    bring(model, adapter, beside)
     return report_of(model)
 
 
 class Source(Protocol):
     """An adapter that was found in a file, in any format."""
 
+    @property
+    def beside(self) -> dict[str, Kept]:
+        """What was trained beside the adapter, by its name in the model."""
+
     def config(self, model: nn.Module, patched: LoRAConfig | None) -> LoRAConfig:
         """How to patch the model for it; `patched`: how it is patched now."""
 
-    def tensors(self, model: nn.Module, expected: set[str]) -> dict[str, Tensor]:
-        """What the patched model's adapters should hold, by the names in `expected`; ValueError if it is not all or more."""
+    def tensors(self, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+        """What the planned parameters should hold, by the names in `plan.shapes`; ValueError if it is not all or more."""
 
-    def check_base(self, model: nn.Module) -> None:
-        """Raise ValueError where the base is known to be another."""
+    def check_base(self, model: nn.Module, plan: Plan) -> None:
+        """Raise ValueError where the base is known to be another. The model is not touched yet."""
 
 
 def _open(path: Path, model: nn.Module) -> Source:
@@ -137,20 +138,59 @@ def _open(path: Path, model: nn.Module) -> Source:
     return native.NativeFile(path)
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """lora_A and lora_B of the active adapter under the names they have in a file."""
-    return {
-        f"{path}.{name}": parameter
-        for path, layer in lora_layers(model)
-        if layer.adapted
-        for name, parameter in zip(("lora_A", "lora_B"), layer.adapters(), strict=True)
-    }
+def _values(
+    path: Path, plan: Plan, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter] | None
+) -> dict[str, Tensor]:
+    """The tensors as the adapter's parameters will hold them, with memory of their own.
+
+    Args:
+        parameters: those that are there already.
+    """
+    if parameters is not None and (odd := sorted(set(parameters) ^ set(plan.shapes))):
+        raise ValueError(f"the model's adapter is not where its config puts it ({odd[0]}): unpatch the model first")
+    values = {}
+    for key, shape in plan.shapes.items():
+        base = plan.modules[key.rpartition(".")[0]].base[0]
+        device, dtype = (base.device, torch.float32) if parameters is None else (parameters[key].device, parameters[key].dtype)
+        tensor = plain(path, key, tensors[key])
+        if tensor.shape != shape:
+            raise ValueError(f"{path} is for another model: {key} is {tuple(tensor.shape)}, here {shape}")
+        values[key] = _put(path, key, tensor, device, dtype)
+    return values
 
 
-def _check(path: object, expected: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError on the first tensor that does not fit the patched model."""
-    for name, parameter in expected.items():
-        if (shape := tuple(parameter.shape)) != tensors[name].shape:
-            raise ValueError(f"{path} is for another model: {name} is {tuple(tensors[name].shape)}, here {shape}")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"{path} is damaged: {name} holds NaN or infinite values")
+def _beside(path: Path, state: dict[str, Tensor], found: dict[str, Kept]) -> dict[str, Kept]:
+    """What was trained beside the adapter as the model will hold it; `state` is what it holds now."""
+    values: dict[str, Kept] = {}
+    first: dict[int, str] = {}
+    for key, kept in found.items():
+        if (here := state.get(key)) is None:
+            raise ValueError(f"{path} is for another model: {key} was trained beside the adapter, and this one has no {key}")
+        if here.shape != kept.value.shape:
+            raise ValueError(
+                f"{path} is for another model: {key}, trained beside the adapter, is {tuple(kept.value.shape)}, here"
+                f" {tuple(here.shape)}"
+            )
+        if here.dtype in FLOATS:
+            tensor = _put(path, key, plain(path, key, kept.value), here.device, here.dtype)
+        elif here.dtype != kept.value.dtype:
+            raise ValueError(f"{path} is for another model: {key} is {kept.value.dtype}, here {here.dtype}")
+        else:
+            tensor = kept.value.to(here.device, copy=True)
+        name = first.setdefault(id(here), key)
+        if name == key:
+            values[key] = Kept(tensor, kept.trained)
+        elif not torch.equal(values[name].value, tensor):
+            raise ValueError(f"{path} is for another model: {name} and {key} differ, and are one parameter here")
+    return values
+
+
+def _put(path: Path, key: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy with memory of its own on a parameter's device and in its dtype."""
+    if device.type == "meta":
+        raise ValueError(f"the model's weights under {key} are on the meta device and would lose the values: load them first")
+    copy = tensor.to(device, dtype, copy=True)
+    if not copy.isfinite().all():
+        kind = "" if dtype == torch.float32 else f", at least in {str(dtype).removeprefix('torch.')}"
+        raise ValueError(f"{path} is damaged: {key} holds NaN or infinite values{kind}")
+    return copy
