@@ -59,7 +59,9 @@ class PatchReport:
             f"{len(self.patched)} modules adapted, rank {self.config.rank}{own}: {self.trainable:,} trainable parameters of"
             f" {self.total:,} ({share:.2f} %)"
         ]
-        if heads := sorted((path for path in self.frozen if not _in_block(path)), key=_how_seldom_trained):
+        # an adapted weight gets no gradient of its own, and a block's parts are too many to name
+        heads = [path for path in self.frozen if path.rpartition(".")[0] not in self.patched and not _in_block(path)]
+        if heads := sorted(heads, key=_how_seldom_trained):
             named = ", ".join(heads[:4]) + (", …" if len(heads) > 4 else "")
             lines.append(f"frozen: {named} (to train one too, set requires_grad on it after patch; save keeps it)")
         return "\n".join(lines + [f"not adapted: {path}: {why}" for path, why in self.skipped.items()])
