@@ -11,7 +11,7 @@ from .beside import Kept, misfits, swap
 from .layers import LoRALayer
 from .record import Record, check_not_merged, lora_layers, patched
 
-__all__ = ["bring", "delete_adapter", "disabled", "lora_parameters", "set_adapter", "using"]
+__all__ = ["bring", "check_places", "delete_adapter", "disabled", "lora_parameters", "set_adapter", "using"]
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -31,7 +31,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     layers = [layer for _, layer in lora_layers(model)]
     if name != record.active:
         check_not_merged(model, record)
-        _check_places(model, record)
+        check_places(model)
         _compute_with(model, record, layers, name)
     for layer in layers:
         layer.activate(name)
@@ -83,7 +83,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
     if name == record.active:
         yield
         return
-    _check_places(model, record)
+    check_places(model)
     merged, before = [layer for layer in layers if layer.merged], record.active
     for layer in merged:
         layer.unmerge()
@@ -104,8 +104,9 @@ def bring(model: nn.Module, name: str, beside: dict[str, Kept]) -> None:
     swap(model, brought, None, name)
 
 
-def _check_places(model: nn.Module, record: Record) -> None:
-    if lost := misfits(model, record.brought):
+def check_places(model: nn.Module) -> None:
+    """Raise ValueError where a module was replaced that an adapter brought values for."""
+    if lost := misfits(model, patched(model).brought):
         raise ValueError(f"{lost[0]} was loaded with an adapter, and its module was replaced since: put that module back")
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import set_adapter
+from .adapters import check_places, set_adapter
 from .beside import host_state, mark, misfits, swap
 from .config import LoRAConfig
-from .layers import DEFAULT, LoRAHostAttention, LoRALayer, adopt, release
+from .layers import DEFAULT, LoRALayer, adopt, release
+from .layers.packing import unpack
 from .plan import Plan, plan
 from .record import (
     RECORD,
@@ -89,6 +90,7 @@ def check_new(model: nn.Module, name: str) -> None:
     if name in record.configs:
         raise ValueError(f"the model has an adapter called {name!r}: delete it first, or choose another name")
     check_not_merged(model, record)
+    check_places(model)
 
 
 def install(model: nn.Module, name: str, plan: Plan, values: dict[str, Tensor] | None = None) -> PatchReport:
@@ -129,9 +131,9 @@ def install(model: nn.Module, name: str, plan: Plan, values: dict[str, Tensor] |
     except BaseException:
         for path in there:
             layer_at(model, path).remove(name)
-        for layer in new.values():
-            if isinstance(layer, LoRAHostAttention):
-                layer._release()  # it had packed the host's weights
+        for path, module in plan.modules.items():
+            if path not in there:
+                _unpack(model.get_submodule(path), module.weights)
         raise
     if first:
         for key, parameter in model.named_parameters():
@@ -205,6 +207,13 @@ def unmerge(model: nn.Module) -> None:
     """
     for layer in dict(lora_layers(model)).values():
         layer.unmerge()
+
+
+def _unpack(host: nn.Module, weights: tuple[str, ...]) -> None:
+    """Give a host's q, k and v memory of their own again, which `adopt` packs."""
+    own = dict(host.named_parameters())
+    for names in (weights, [f"{name.removesuffix('weight')}bias" for name in weights]):
+        unpack([own[name] for name in names if name in own])
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -9,7 +10,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from ..adapters import bring, set_adapter, using
+from ..adapters import bring, check_places, set_adapter, using
 from ..beside import Kept, host_state, trained, whole
 from ..config import LoRAConfig
 from ..layers import DEFAULT
@@ -27,14 +28,22 @@ Format = Literal["fastlora", "peft", "clip-lora", "merged"]
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "fastlora", adapter: str | None = None) -> None:
     """Write an adapter of a patched model, or the model with it merged in; whole or not at all.
 
+    What was trained beside the adapter is written with it: every other parameter that requires a gradient (a head, logit_scale,
+    norms, a module of your own), with the buffers of its module. So is a parameter or buffer that no longer has the value that
+    `patch` found, such as a head that was frozen again after training or the running statistics of a frozen tower; where a
+    checkpoint replaced the weights under the adapters too, that can't be told, and only what requires a gradient is written.
+    What is trained beside adapters on this model is written with each of them; what `load` brought, with the one it came with.
+
     Of a model that is sharded over processes (fully_shard) all of them must call: what they hold is gathered.
 
     Args:
         path: a file; a folder for "peft".
-        format: "fastlora": one safetensors file, `<module path>.lora_A` (g, R, K) and `.lora_B` (g · N/G, R) in fp32, the
-            LoRAConfig and a few values of each base weight, by which `load` knows the base again, in its metadata.
-            "peft": adapter_config.json and adapter_model.safetensors for transformers' CLIPModel with the same weights.
-            "clip-lora": the lora_weights.pt of the paper's code; q, k, v, o and one rank only.
+        format: "fastlora": one safetensors file, `<module path>.lora_A` (g, R, K) and `.lora_B` (g · N/G, R) in fp32, what was
+            trained beside them under its own name; in its metadata the LoRAConfig, and a few values of each base weight, by
+            which `load` knows the base again.
+            "peft": adapter_config.json and adapter_model.safetensors for transformers' CLIPModel with the same weights; what
+            was trained beside them as PEFT's modules_to_save, so whole modules only.
+            "clip-lora": the lora_weights.pt of the paper's code; q, k, v, o and one rank only, nothing beside them.
             "merged": a checkpoint of the plain model that has the adapter in its weights: the file that open_clip's
             `create_model(..., pretrained=FILE)` takes, a folder for `from_pretrained` if the model is transformers'.
         adapter: the name of one; default: the active one.
@@ -49,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: Format = "fa
     name = record.active if adapter is None else adapter
     if name not in record.configs:
         raise ValueError(f"no adapter is called {name!r}: there are {', '.join(record.configs)}")
-    with using(model, name):
+    with using(model, name), torch.device("cpu"):
         config, beside = record.configs[name], trained(model, record.marks)
         if format == "merged":
             merged.write(model, Path(path))
@@ -65,8 +74,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAU
 
     What is given is recognised: a safetensors file that `save` wrote, the folder of a PEFT adapter for transformers' CLIP, a
     lora_weights.pt of the paper's code. The model is patched with the file's config; where it has an adapter of that name and
-    config, that one gets the values. The file is checked as a whole before: after an error the model is as it was. Pickles are
-    read by torch's weights-only reader: tensors and plain containers, no code.
+    config, that one gets the values. The file is checked as a whole before the model is touched: after an error the model is as
+    it was. Pickles are read by torch's weights-only reader: tensors and plain containers, no code.
+
+    What was trained beside the adapter takes its place in the model, and requires a gradient where it did when it was saved, so
+    that training can go on: give it to the optimizer again. It comes and goes with this adapter (`set_adapter`, `disabled`,
+    `delete_adapter`), and `unpatch` puts back what stood there before.
 
     Args:
         adapter: its name on the model.
@@ -74,7 +87,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAU
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an adapter, or one for another model, rank, config or base; says what differs.
+        ValueError: not an adapter, a damaged one, or one for another model, rank, config, base or head; says what differs.
+        OSError: the file cannot be read.
     """
     path, record = Path(path), record_of(model)
     there = None if record is None else record.configs.get(adapter)
@@ -84,10 +98,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAU
         config = source.config(model, there)
         if there is None:
             check_new(model, adapter)
-        elif there != config:
-            raise ValueError(
-                f"{path} was saved with {config}, the model's {adapter!r} has {there}: unpatch it first, or give another name"
-            )
+        else:
+            _check_same(path, adapter, config, there)
+            check_places(model)
         planned = plan(model, config, originals(model))
         parameters = None if there is None else parameters_of(dict(lora_layers(model)), adapter)
         values = _values(path, planned, source.tensors(model, planned), parameters)
@@ -136,6 +149,14 @@ def _open(path: Path, model: nn.Module) -> Source:
     if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
         return paper.read(path, model)
     return native.NativeFile(path)
+
+
+def _check_same(path: Path, adapter: str, saved: LoRAConfig, here: LoRAConfig) -> None:
+    """Raise ValueError where an adapter that is there has another config than the file's."""
+    names = [field.name for field in dataclasses.fields(saved) if getattr(saved, field.name) != getattr(here, field.name)]
+    if names:
+        a, b = (", ".join(f"{name}={getattr(config, name)!r}" for name in names) for config in (saved, here))
+        raise ValueError(f"{path} was saved with {a}, the model's {adapter!r} has {b}: unpatch it first, or give another name")
 
 
 def _values(
