@@ -202,8 +202,9 @@ def test_statistics_that_moved_in_a_frozen_tower(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_saves_its_own_weights(tmp_path: Path) -> None:
-    """Merging changes weights that a mark knows: that is no training."""
+    """Merging changes weights that a mark knows: that is no training, and no other base."""
     model = train(vit(), HEAD)
+    freeze(model)
     fastlora.save(model, tmp_path / "a")
     fastlora.merge(model)
     fastlora.save(model, tmp_path / "b")
