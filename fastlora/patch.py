@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from . import hosts
-from .adapters import set_adapter
+from .adapters import check_places, set_adapter
+from .beside import host_state, mark, misfits, swap
 from .config import LoRAConfig
-from .layers import DEFAULT, adopt, refusal, release
+from .layers import DEFAULT, LoRALayer, adopt, release
+from .layers.packing import unpack
+from .plan import Plan, plan
 from .record import (
     RECORD,
     MergeReport,
@@ -21,12 +23,14 @@ from .record import (
     layer_at,
     lora_layers,
     merge_report_of,
+    originals,
+    parameters_of,
     patched,
     record_of,
     report_of,
 )
 
-__all__ = ["add_adapter", "merge", "patch", "unmerge", "unpatch"]
+__all__ = ["add_adapter", "check_new", "install", "merge", "patch", "unmerge", "unpatch"]
 
 
 def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any) -> PatchReport:
@@ -34,7 +38,11 @@ def patch(model: nn.Module, config: LoRAConfig | None = None, /, **options: Any)
 
     The attention modules of the chosen blocks are replaced by drop-ins that share their parameters: outputs do not change
     until training does (B starts at zero), state_dict keeps every key of the host, `unpatch` puts everything back. Patching
-    again with the same config changes nothing; `fastlora.add_adapter` puts a second adapter on the model.
+    again with the same config changes nothing; `fastlora.add_adapter` puts a second adapter on the model. Adapters are float32
+    whatever the model's dtype and torch's default; `model.half()` and the like cast them with all other parameters.
+
+    To train a head, logit_scale or any other parameter beside the adapters, set requires_grad on it afterwards and give it to
+    the optimizer: `fastlora.save` writes it too. A new module in the place of an old one is trained and saved as it comes.
 
     Args:
         model: a CLIP of open_clip, OpenAI or transformers, one of its towers, a timm vision transformer; or with
@@ -69,37 +77,76 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None, /
     Raises:
         ValueError: also where there is an adapter of this name, or the active one is merged.
     """
-    config, record = _config(config, options), record_of(model) or Record()
+    check_new(model, name)
+    return install(model, name, plan(model, _config(config, options), originals(model)))
+
+
+def check_new(model: nn.Module, name: str) -> None:
+    """Raise ValueError where `model` can have no new adapter of this name."""
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"the name of an adapter has letters, digits, - and _, got {name!r}")
+    if (record := record_of(model)) is None:
+        return
     if name in record.configs:
         raise ValueError(f"the model has an adapter called {name!r}: delete it first, or choose another name")
     check_not_merged(model, record)
-    sites, skipped = _sites(model, config, record.originals)
-    if not sites:
-        why = (
-            "; ".join(f"{path}: {why}" for path, why in skipped.items())
-            or "rank_pattern gives every module rank 0, or targets names none of what was chosen"
-        )
-        raise ValueError(f"nothing to adapt: {why}")
-    # all that can fail comes before anything is put in place: an error leaves the model as it was
-    there = {path: site for path, site in sites.items() if path in record.originals}
-    for path, site in there.items():
-        layer_at(model, path).check_rank(site.config.rank)
-    new = {path: adopt(model.get_submodule(path), name=name, **vars(site)) for path, site in sites.items() if path not in there}
-    for path, site in there.items():
-        layer_at(model, path).add(name, site.config, site.active)
-    if not record.originals:
+    check_places(model)
+
+
+def install(model: nn.Module, name: str, plan: Plan, values: dict[str, Tensor] | None = None) -> PatchReport:
+    """Put a new adapter in place as planned, and make it the active one.
+
+    All that can fail comes first: what is drawn, allocated and packed is undone after an error, and only then is the model
+    touched.
+
+    Args:
+        values: the adapter's parameters by `plan.shapes`' names, on their devices; default: drawn, with B zero.
+
+    Raises:
+        ValueError: a rank above the width.
+    """
+    record = record_of(model) or Record()
+    there = {path: module for path, module in plan.modules.items() if path in record.originals}
+    for path, module in there.items():
+        layer_at(model, path).check_rank(module.config.rank)
+    first = not record.originals
+    marks = {key: mark(tensor) for key, tensor in host_state(model).items()} if first else record.marks
+    new: dict[str, LoRALayer] = {}
+    try:
+        # values stand in for what is drawn: then drawing must not move the caller's generator
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=values is not None):
+            for path, module in plan.modules.items():
+                if path in there:
+                    layer_at(model, path).add(name, module.config, module.active)
+                    continue
+                new[path] = adopt(
+                    model.get_submodule(path), module.config, site=module.site, active=module.active,
+                    weights=module.weights, name=name,
+                )  # fmt: skip
+        if values is not None:
+            layers = {path: new[path] if path in new else layer_at(model, path) for path in plan.adapted}
+            with torch.no_grad():
+                for key, parameter in parameters_of(layers, name).items():
+                    parameter.copy_(values[key])
+    except BaseException:
+        for path in there:
+            layer_at(model, path).remove(name)
+        for path, module in plan.modules.items():
+            if path not in there:
+                _unpack(model.get_submodule(path), module.weights)
+        raise
+    if first:
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
                 record.frozen.append(key)
                 parameter.requires_grad_(False)
+        record.marks = marks
     record.originals |= {path: model.get_submodule(path) for path in new}
     for path, layer in sorted(new.items()):  # an attention before the out_proj inside it
         _replace(model, path, layer)
     # one order whatever was added first: optimizers know parameters by their place
     record.originals = dict(sorted(record.originals.items(), key=lambda item: layer_at(model, item[0]).spec.site))
-    record.configs[name], record.skipped[name] = config, skipped
+    record.configs[name], record.skipped[name] = plan.config, plan.skipped
     setattr(model, RECORD, record)
     set_adapter(model, name)
     return report_of(model)
@@ -108,18 +155,25 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig | None = None, /
 def unpatch(model: nn.Module) -> None:
     """Put back the model's own modules and requires_grad flags; merged weights are unmerged first. Adapters are dropped.
 
+    What `fastlora.load` put in place beside an adapter gives way to what stood there before. What was trained beside one on
+    this model keeps the values it has: no copy was made of what training overwrote.
+
     Raises:
         ValueError: the model is not patched.
     """
-    record = patched(model)
+    record, layers = patched(model), dict(lora_layers(model))
     unmerge(model)
-    layers = dict(lora_layers(model))
+    for name in misfits(model, record.brought):  # replaced since, by the user
+        for brought in record.brought.values():
+            brought.pop(name, None)
+    swap(model, record.brought, record.active, None)
     for path, host in sorted(record.originals.items()):  # an attention before the out_proj inside it, which is then put there
         release(layers[path], host)
         _replace(model, path, host)
     parameters = dict(model.named_parameters())
     for name in record.frozen:
-        parameters[name].requires_grad_(True)
+        if name in parameters:  # else it was replaced since
+            parameters[name].requires_grad_(True)
     delattr(model, RECORD)
 
 
@@ -134,8 +188,14 @@ def merge(model: nn.Module) -> MergeReport:
     Raises:
         ValueError: the model is not patched.
     """
-    for _, layer in lora_layers(model):
-        layer.merge()
+    layers = [layer for _, layer in lora_layers(model) if not layer.merged]
+    try:
+        for layer in layers:
+            layer.merge()
+    except BaseException:
+        for layer in layers:
+            layer.unmerge()
+        raise
     return merge_report_of(model)
 
 
@@ -145,75 +205,15 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    patched(model)
-    for _, layer in lora_layers(model):
+    for layer in dict(lora_layers(model)).values():
         layer.unmerge()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Adoption:
-    """What `adopt` takes beside the module; the config has the rank of this one."""
-
-    config: LoRAConfig
-    site: int
-    active: tuple[bool, ...]
-    weights: tuple[str, ...]
-
-
-def _sites(
-    model: nn.Module, config: LoRAConfig, originals: dict[str, nn.Module]
-) -> tuple[dict[str, _Adoption], dict[str, str]]:
-    """Path -> what is wanted of every module to adapt; path -> reason of what is left alone."""
-    sites: dict[str, _Adoption] = {}
-    chosen: list[tuple[str, int]] = []
-    groups, skipped = _groups(model, config)
-    seen: dict[int, str] = {}
-    for block, group in groups:
-        wanted = {site.path for _, site in group if not site.targets or set(site.targets) & set(config.targets)}
-        chosen += [(path, block) for path in wanted]
-        own = {site.path: config.at(site.path, block) if site.path in wanted else None for _, site in group}
-        for number, site in group:
-            carried = any(own[other.path] and set(other.targets) & set(site.carries) for _, other in group)
-            if own[site.path] is None and not carried:
-                continue
-            module = model.get_submodule(site.path)
-            first = seen.setdefault(id(module), site.path)
-            why = (
-                refusal(originals.get(site.path, module), site.weights)
-                if first == site.path
-                else f"it is the same module as {first}"
-            )
-            if why is not None:
-                skipped[site.path] = why
-                continue
-            active = tuple(own[site.path] is not None and t in config.targets for t in site.targets) or (True,)
-            sites[site.path] = _Adoption(own[site.path] or config, number, active, site.weights)
-    if unused := config.unused_patterns(chosen):
-        raise ValueError(f"rank_pattern has {unused[0]!r}, which fits no module that the other options choose")
-    return sites, skipped
-
-
-_Group = tuple[int, list[tuple[int, hosts.Site]]]
-
-
-def _groups(model: nn.Module, config: LoRAConfig) -> tuple[list[_Group], dict[str, str]]:
-    """Each chosen block and its sites, numbered alike whatever else is chosen; path -> reason of what has none.
-
-    Modules that were chosen by name stand in no block: -1.
-    """
-    if config.modules:
-        found, skipped = hosts.named(model, config.modules)
-        return [(-1, [(2 * place + i, site) for i, site in enumerate(group)]) for place, group in found.items()], skipped
-    groups: list[_Group] = []
-    skipped = {}
-    for tower_number, tower in enumerate(hosts.towers(model)):
-        if tower.encoder not in config.encoders:
-            continue
-        skipped |= tower.refused
-        for index in config.layer_indices(len(tower.blocks)) if tower.blocks else ():
-            numbers = (((kind // 4 * 64 + tower_number) * 1024 + index) * 4 + kind % 4 for kind in range(16))
-            groups.append((index, list(zip(numbers, tower.blocks[index], strict=False))))
-    return groups, skipped
+def _unpack(host: nn.Module, weights: tuple[str, ...]) -> None:
+    """Give a host's q, k and v memory of their own again, which `adopt` packs."""
+    own = dict(host.named_parameters())
+    for names in (weights, [f"{name.removesuffix('weight')}bias" for name in weights]):
+        unpack([own[name] for name in names if name in own])
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -190,3 +190,59 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     with pytest.raises(OSError, match="cannot write"):
         fastlora.save(model, tmp_path / "missing" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("form", ["fastlora", "peft", "clip-lora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_same_values_under_any_default_dtype(tmp_path: Path, dtype: torch.dtype, form: Any) -> None:
+    model, _ = saved(tmp_path)
+    want = [p.detach().clone() for p in fastlora.lora_parameters(model)]
+    other, again = tiny(), tiny()
+    torch.set_default_dtype(dtype)
+    try:
+        fastlora.save(model, tmp_path / "x", format=form)
+        fastlora.load(other, tmp_path / "x")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    fastlora.load(again, tmp_path / "x")
+    for loaded in (other, again):
+        got = fastlora.lora_parameters(loaded)
+        assert all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("form", ["fastlora", "peft", "clip-lora"])
+def test_the_same_values_under_another_default_device(tmp_path: Path, form: Any) -> None:
+    model, _ = saved(tmp_path)
+    other = tiny()
+    with torch.device("meta"):
+        fastlora.save(model, tmp_path / "x", format=form)
+        fastlora.load(other, tmp_path / "x")
+    pairs = zip(fastlora.lora_parameters(other), fastlora.lora_parameters(model), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+@pytest.mark.parametrize("form", ["fastlora", "peft", "clip-lora"])
+@pytest.mark.parametrize("check_base", [True, False])
+def test_a_model_without_memory_is_refused(tmp_path: Path, form: Any, check_base: bool) -> None:
+    model, _ = saved(tmp_path)
+    fastlora.save(model, tmp_path / "x", format=form)
+    with torch.device("meta"):
+        empty = tiny()
+    modules = dict(empty.named_modules())
+    with pytest.raises(ValueError, match="on the meta device and would lose the values"):
+        fastlora.load(empty, tmp_path / "x", check_base=check_base)
+    assert dict(empty.named_modules()) == modules
+
+
+def test_values_too_large_for_adapters_in_half_precision(tmp_path: Path) -> None:
+    model, path = saved(tmp_path)
+    with torch.no_grad():
+        fastlora.lora_parameters(model)[0][0, 0, 0] = 1e6
+    fastlora.save(model, path)
+    other = tiny()
+    fastlora.patch(other)
+    other.half()
+    before = [p.detach().clone() for p in fastlora.lora_parameters(other)]
+    with pytest.raises(ValueError, match="holds NaN or infinite values, at least in float16"):
+        fastlora.load(other, path)
+    assert all(torch.equal(a, b) for a, b in zip(before, fastlora.lora_parameters(other), strict=True))

@@ -138,7 +138,7 @@ def test_a_merge_that_another_network_would_load_is_refused(
         config.write_text(config.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
 
     monkeypatch.setattr(clip_folder, "write_open_clip", without_quick_gelu)
-    with pytest.raises(UserError, match="would be another: activation of transformer quick_gelu, here gelu"):
+    with pytest.raises(UserError, match="would be another: activation of text quick_gelu, here gelu"):
         mergerun.run(run, tmp_path / "merged", "fp32", QUIET)
     monkeypatch.setattr(clip_folder, "_HIDDEN_ACT", {"quick_gelu": "gelu"})
     with pytest.raises(UserError, match="as transformers loads it the model would be another: its features differ by"):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
+import pkgutil
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
 from models import randomise_adapters, tiny
@@ -72,6 +76,67 @@ def paper(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return damage
 
 
+def native(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Change the tensors and the metadata of fastlora's own file; `change` gets both."""
+
+    def damage(path: Path) -> None:
+        found = load_file(path)
+        with safe_open(path, "pt") as file:
+            values = json.loads(file.metadata()["fastlora"])
+        change(found, values)
+        save_file(found, path, {"fastlora": json.dumps(values)})
+
+    return damage
+
+
+def native_text(change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Change the text of the metadata of fastlora's own file."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            text = file.metadata()["fastlora"]
+        save_file(load_file(path), path, {"fastlora": change(text)})
+
+    return damage
+
+
+def base(change: Callable[[list[float]], Any]) -> Callable[[Path], None]:
+    """Change the first fingerprint of fastlora's own file."""
+    return native(lambda _, values: values["base"].update({min(values["base"]): change(values["base"][min(values["base"])])}))
+
+
+def float8(path: Path) -> None:
+    """All tensors in 8 bits; by hand, as safetensors writes those of a shape it knows."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, at = json.loads(data[8 : 8 + size]), 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            count = torch.Size(entry["shape"]).numel()
+            header[name] = {"dtype": "F8_E4M3", "shape": entry["shape"], "data_offsets": [at, at + count]}
+            at += count
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(at))
+
+
+def pair(change: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
+    """Change one A of a lora_weights.pt."""
+
+    def damage(values: dict[str, Any]) -> None:
+        projection = values["weights"]["layer_0"]["q_proj"]
+        projection["w_lora_A"] = change(projection["w_lora_A"])
+
+    return paper(damage)
+
+
+def first(change: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], Any]:
+    """Change the first of some tensors by name."""
+    return lambda found: found | {min(found): change(found[min(found)])}
+
+
+DIGITS = "1" + 400 * "0"
+
+
 def truncate(path: Path) -> None:
     path = path / "adapter_model.safetensors" if path.is_dir() else path
     path.write_bytes(path.read_bytes()[:-200])
@@ -106,11 +171,73 @@ def many(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
+def put(found: dict[str, Any], values: dict[str, Any], name: str, tensor: torch.Tensor) -> None:
+    """Add to fastlora's own file what claims to have been trained beside the adapter."""
+    found[name] = tensor
+    values["beside"] = {name: True}
+
+
 def set_nan(pair: dict[str, Any]) -> None:
     pair["w_lora_B"][0, 0] = float("nan")
 
 
 CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "native-base-nan": ("native.safetensors", base(lambda v: [float("nan")] * len(v)), "is not of finite numbers"),
+    "native-base-inf": ("native.safetensors", base(lambda v: [*v[:-1], float("inf")]), "is not of finite numbers"),
+    "native-base-empty": ("native.safetensors", base(lambda v: []), "is not of finite numbers"),
+    "native-base-text": ("native.safetensors", base(lambda v: ["1.0"] * len(v)), "is not of finite numbers"),
+    "native-base-number": ("native.safetensors", base(lambda v: 1.0), "is not of finite numbers"),
+    "native-base-short": ("native.safetensors", base(lambda v: v[:-1]), "other base weights"),
+    "native-base-of-nothing": ("native.safetensors", native(lambda _, v: v["base"].clear()), "fingerprint of the base and its"),
+    "native-base-of-more": ("native.safetensors", native(lambda _, v: v["base"].update(nowhere=[1.0])), "differ on nowhere"),
+    "native-base-list": ("native.safetensors", native(lambda _, v: v.update(base=[1.0])), "AttributeError"),
+    "native-float8": ("native.safetensors", float8, "is a tensor of float8_e4m3fn"),
+    "native-int": ("native.safetensors", native(lambda t, _: t.update(first(Tensor.int)(t))), "is a tensor of int32"),
+    "native-bool": ("native.safetensors", native(lambda t, _: t.update(first(Tensor.bool)(t))), "is a tensor of bool"),
+    "native-complex": (
+        "native.safetensors",
+        native(lambda t, _: t.update(first(lambda a: a.to(torch.complex64))(t))),
+        "is a tensor of complex64",
+    ),
+    "native-too-large": (
+        "native.safetensors",
+        native(lambda t, _: t.update(first(lambda a: a.double() + 1e300)(t))),
+        "holds NaN or infinite",
+    ),
+    "native-nested": ("native.safetensors", native_text(lambda _: "[" * 100_000), "RecursionError"),
+    "native-400-digits": (
+        "native.safetensors",
+        native_text(lambda t: t.replace('"alpha": 1.0', f'"alpha": {DIGITS}')),
+        "OverflowError",
+    ),
+    "native-5000-digits": (
+        "native.safetensors",
+        native_text(lambda t: t.replace('"rank": 2', f'"rank": {DIGITS * 20}')),
+        "not a readable safetensors adapter: Exceeds the limit",
+    ),
+    "native-name-of-lines": (
+        "native.safetensors",
+        native(lambda t, _: t.update({"a\nb" * 5000: torch.zeros(1)})),
+        r"it holds a\?b.*have no place here",
+    ),
+    "native-beside-missing": ("native.safetensors", native(lambda _, v: v.update(beside={"ln_final.bias": True})), "it lacks"),
+    "native-beside-text": ("native.safetensors", native(lambda _, v: v.update(beside="ln_final.bias")), "AttributeError"),
+    "native-beside-nowhere": ("native.safetensors", native(lambda t, v: put(t, v, "head", torch.ones(3))), "has no head"),
+    "native-beside-shape": (
+        "native.safetensors",
+        native(lambda t, v: put(t, v, "ln_final.bias", torch.ones(3))),
+        r"ln_final.bias, trained beside the adapter, is \(3,\), here \(48,\)",
+    ),
+    "native-beside-nan": (
+        "native.safetensors",
+        native(lambda t, v: put(t, v, "logit_scale", torch.tensor(float("nan")))),
+        "logit_scale holds NaN",
+    ),
+    "native-beside-int": (
+        "native.safetensors",
+        native(lambda t, v: put(t, v, "ln_final.bias", torch.ones(48).int())),
+        "ln_final.bias is a tensor of int32",
+    ),
     "native-100000-keys": ("native.safetensors", many, "100000 tensors have no place here"),
     "native-pickle-with-code": ("native.safetensors", lambda p: p.write_bytes(pickle.dumps(Bomb())), "not a readable"),
     "peft-truncated": ("peft", truncate, "not a readable PEFT adapter"),
@@ -146,6 +273,22 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "peft-outside": ("peft", index_outside, "no adapter_model.safetensors or adapter_model.bin beside it"),
     "peft-bin-with-code": ("peft", old_weights(lambda t: t | {"x": Bomb()}), "holds more than tensors and plain values"),
     "peft-bin-no-tensors": ("peft", old_weights(lambda t: {"x": 1}), "more than tensors by name"),
+    "peft-config-nested": ("peft", lambda p: (p / "adapter_config.json").write_text("[" * 100_000), "RecursionError"),
+    "peft-400-digits": ("peft", config(lora_alpha=int(DIGITS)), "OverflowError"),
+    "peft-modules-number": ("peft", config(modules_to_save=[3]), "no list of names"),
+    "peft-int": ("peft", tensors(lambda t, n: t.update({n: t[n].int()})), "is a tensor of int32"),
+    "peft-bin-sparse": ("peft", old_weights(first(Tensor.to_sparse)), "is a tensor of layout sparse_coo"),
+    "peft-bin-meta": ("peft", old_weights(first(lambda a: a.to("meta"))), "is a tensor without values"),
+    "peft-bin-huge": ("peft", old_weights(first(lambda a: a[:, :1].expand(2, 10**12))), "for another model"),
+    "paper-sparse": ("paper.pt", pair(Tensor.to_sparse), "layer_0 q_proj w_lora_A is a tensor of layout sparse_coo"),
+    "paper-meta": ("paper.pt", pair(lambda a: a.to("meta")), "is a tensor without values"),
+    "paper-int": ("paper.pt", pair(Tensor.long), "is a tensor of int64"),
+    "paper-complex": ("paper.pt", pair(lambda a: a + 0j), "is a tensor of complex64"),
+    "paper-float8": ("paper.pt", pair(lambda a: a.to(torch.float8_e4m3fn)), "is a tensor of float8_e4m3fn"),
+    "paper-number": ("paper.pt", pair(lambda a: 1.0), "is a float"),
+    "paper-huge": ("paper.pt", pair(lambda a: a[:, :1].expand(2, 10**12)), "for another model"),
+    "paper-too-large": ("paper.pt", pair(lambda a: a.double() + 1e300), "holds NaN or infinite"),
+    "paper-400-digits": ("paper.pt", paper(lambda v: v["metadata"].update(alpha=int(DIGITS))), "OverflowError"),
     "paper-truncated": ("paper.pt", truncate, "not a readable lora_weights.pt"),
     "paper-with-code": ("paper.pt", lambda p: torch.save({"weights": Bomb(), "metadata": {}}, p), "holds more than tensors"),
     "paper-bare-pickle": ("paper.pt", lambda p: p.write_bytes(pickle.dumps(Bomb())), "holds more than tensors"),
@@ -190,9 +333,10 @@ def test_one_clear_error_and_the_model_as_it_was(
     path = tmp_path / name
     (shutil.copytree if (files / name).is_dir() else shutil.copy)(files / name, path)
     damage(path)
-    plain, patched = tiny(), tiny()
+    plain, patched, elsewhere = tiny(), tiny(), tiny()
     fastlora.patch(patched, rank=3)
-    for model, options in ((plain, {}), (patched, {"adapter": "second"})):
+    fastlora.patch(elsewhere, targets="fc1")
+    for model, options in ((plain, {}), (patched, {"adapter": "second"}), (elsewhere, {"adapter": "second"})):
         state, modules, flags = snapshot(model)
         with pytest.raises(ValueError, match=message) as error:
             fastlora.load(model, path, **options)  # type: ignore[arg-type]
@@ -201,6 +345,49 @@ def test_one_clear_error_and_the_model_as_it_was(
         assert modules_now == modules and flags_now == flags and list(now) == list(state)
         assert all(torch.equal(now[key], state[key]) for key in state)
     assert not RAN
+
+
+@pytest.mark.parametrize("name", ["native.safetensors", "peft", "paper.pt"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError], ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [
+        ("fastlora.checkpoint", "plan"),
+        ("fastlora.checkpoint", "_put"),
+        ("fastlora.patch", "mark"),
+        ("fastlora.patch", "adopt"),
+        ("fastlora.patch", "parameters_of"),
+        ("fastlora.layers:LoRALayer", "add"),
+    ],
+)
+def test_stopped_on_the_way(
+    files: Path, name: str, owner: str, attribute: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt or a full memory in whatever takes time, at its first call or its third: the model is as it was."""
+    place = pkgutil.resolve_name(owner) if ":" in owner else sys.modules[owner]
+    real = getattr(place, attribute)
+    for stop in (1, 3):
+        plain, half = tiny(), tiny()
+        fastlora.patch(half, encoders="text")
+        for model in (plain, half):
+            calls = itertools.count(1)
+
+            def counted(*args: Any, _calls: Any = calls, _stop: int = stop, **kwargs: Any) -> Any:
+                if next(_calls) == _stop:
+                    raise error
+                return real(*args, **kwargs)
+
+            state, modules, flags = snapshot(model)
+            monkeypatch.setattr(place, attribute, counted)
+            try:
+                fastlora.load(model, files / name, adapter="second")
+            except error:
+                now, modules_now, flags_now = snapshot(model)
+                assert modules_now == modules and flags_now == flags and list(now) == list(state)
+                assert all(torch.equal(now[key], state[key]) for key in state)
+            else:
+                assert next(calls) <= stop  # so often it was not called
+            monkeypatch.undo()
 
 
 def test_good_files_load(files: Path) -> None:

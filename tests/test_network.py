@@ -46,14 +46,14 @@ class TestActivation:
         model = tiny()
         for block in model.visual.transformer.resblocks:
             block.mlp.gelu.forward = lambda x: x * torch.sigmoid(1.702 * x)
-        assert Network.of(model).activation == {"transformer": "gelu", "visual": "quick_gelu"}
+        assert Network.of(model).activation == {"text": "gelu", "vision": "quick_gelu"}
 
 
 class TestOf:
     def test_open_clip(self) -> None:
         network = Network.of(mini.build(), open_clip.SimpleTokenizer())
         assert network.preprocessing["size"] == 64 and network.preprocessing["resize_mode"] == "shortest"
-        assert network.activation == {"transformer": "gelu", "visual": "gelu"} and network.context_length == 77
+        assert network.activation == {"text": "gelu", "vision": "gelu"} and network.context_length == 77
         assert network.tokenizer == Network.of(mini.build(), open_clip.SimpleTokenizer()).tokenizer
         assert network.tokenizer != Network.of(mini.build(), open_clip.SimpleTokenizer(clean="canonicalize")).tokenizer
 
@@ -65,7 +65,7 @@ class TestOf:
         clip = Network.of(
             CLIPModel(CLIPConfig(text_config=small, vision_config=small | {"image_size": 64, "hidden_act": "gelu"}))
         )
-        assert clip.activation == {"text_model": "quick_gelu", "vision_model": "gelu"}
+        assert clip.activation == {"text": "quick_gelu", "vision": "gelu"}
         assert (clip.preprocessing, clip.context_length) == ({"size": 64}, 77)
         vit = Network.of(timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64))
         assert vit.activation == {"blocks": "gelu"} and vit.preprocessing["size"] == 64 and vit.context_length is None
@@ -81,7 +81,7 @@ class TestOf:
 
 
 class TestDifferences:
-    BASE = Network({"visual": "quick_gelu"}, {"size": 224, "mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}, 77, "abc")
+    BASE = Network({"vision": "quick_gelu"}, {"size": 224, "mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}, 77, "abc")
 
     def test_only_what_both_know_is_compared(self) -> None:
         assert not self.BASE.differences(Network()) and not Network().differences(self.BASE)
@@ -89,7 +89,7 @@ class TestDifferences:
     @pytest.mark.parametrize(
         "other, told, options",
         [
-            (Network({"visual": "gelu"}), "activation of visual quick_gelu, here gelu", {"force_quick_gelu": True}),
+            (Network({"vision": "gelu"}), "activation of vision quick_gelu, here gelu", {"force_quick_gelu": True}),
             (Network({}, {"size": 336}), "size 224, here 336", {"force_image_size": 224}),
             (Network({}, {"mean": [0.4, 0.5, 0.5]}), "mean [0.5, 0.5, 0.5], here [0.4, 0.5, 0.5]", {"image_mean": (0.5,) * 3}),
             (Network({}, {"resize_mode": "shortest"}), "resize_mode squash, here shortest", {"image_resize_mode": "squash"}),
@@ -102,4 +102,4 @@ class TestDifferences:
         assert self.BASE.options_over(other) == options
 
     def test_gelu_over_quick_gelu(self) -> None:
-        assert Network({"visual": "gelu"}).options_over(Network({"visual": "quick_gelu"})) == {"quick_gelu": False}
+        assert Network({"vision": "gelu"}).options_over(Network({"vision": "quick_gelu"})) == {"quick_gelu": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.layers import LoRAMultiheadAttention, adopt
+from fastlora.layers import LoRALayer, LoRAMultiheadAttention, adopt
 from fastlora.record import lora_layers
 from models import build, features, inputs, randomise_adapters, tiny
+from twins import open_clip_twin, transformers_twin
 
 FULL = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "coca_ViT-B-32"]
 EVERY_VIT = [
@@ -382,3 +384,128 @@ def test_attention_that_cannot_be_adapted_is_refused(options: dict[str, Any]) ->
     model.visual.transformer.resblocks[1].attn = nn.MultiheadAttention(width, 2, batch_first=True, **options)
     report = fastlora.patch(model)
     assert list(report.skipped) == ["visual.transformer.resblocks.1.attn"]
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
+def default(request: pytest.FixtureRequest) -> Any:
+    """torch's default dtype, while a test runs."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_masters_are_fp32_under_any_default_dtype(default: torch.dtype, name: str) -> None:
+    model = tiny()
+    assert model.ln_final.weight.dtype == default
+    torch.manual_seed(3)
+    fastlora.add_adapter(model, name, targets=("q", "o", "fc1"))
+    torch.set_default_dtype(torch.float32)
+    other = tiny()
+    torch.manual_seed(3)
+    fastlora.add_adapter(other, name, targets=("q", "o", "fc1"))
+    for ours, theirs in zip(fastlora.lora_parameters(model), fastlora.lora_parameters(other), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+
+
+def test_masters_of_a_model_without_memory() -> None:
+    """On the meta device, or under it as the default one, adapters are where their weights are."""
+    with torch.device("meta"):
+        empty = tiny()
+    fastlora.patch(empty)
+    assert {(p.device.type, p.dtype) for p in fastlora.lora_parameters(empty)} == {("meta", torch.float32)}
+    model = tiny()
+    with torch.device("meta"):
+        fastlora.patch(model)
+    assert all(p.device.type == "cpu" and p.isfinite().all() for p in fastlora.lora_parameters(model))
+
+
+class Full(Exception):
+    """Stands for what stops an adapter on its way: a full memory, an interrupt."""
+
+
+def stop_at(call: int, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Let LoRALayer's method raise at one of its calls."""
+    real, calls = getattr(LoRALayer, method), itertools.count(1)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise Full
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(LoRALayer, method, counted)
+
+
+@pytest.mark.parametrize("call", [1, 4, 12])
+def test_patch_that_is_stopped_changes_nothing(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it leave q, k and v of transformers' attention in one piece of memory."""
+    model = transformers_twin(open_clip_twin())
+    modules, state = dict(model.named_modules()), snapshot(model)
+    addresses = [p.data_ptr() for p in model.parameters()]
+    stop_at(call, monkeypatch, "add")
+    with pytest.raises(Full):
+        fastlora.patch(model, targets=("q", "o"))
+    assert dict(model.named_modules()) == modules and all(p.requires_grad for p in model.parameters())
+    assert_same_state(model, state)
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(addresses)
+
+
+@pytest.mark.parametrize("name", ["default", "third"])
+@pytest.mark.parametrize("call", [1, 4, 12])
+def test_an_adapter_that_is_stopped_leaves_the_others(call: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of its modules have adapters already, half have none."""
+    model = tiny()
+    fastlora.add_adapter(model, "first", encoders="text")
+    fastlora.add_adapter(model, "second", targets="fc1")
+    randomise_adapters(model)
+    modules, state = dict(model.named_modules()), snapshot(model)
+    flags = [p.requires_grad for p in model.parameters()]
+    stop_at(call, monkeypatch, "add")
+    with pytest.raises(Full):
+        fastlora.add_adapter(model, name, targets=("q", "fc1"))
+    assert dict(model.named_modules()) == modules and [p.requires_grad for p in model.parameters()] == flags
+    assert_same_state(model, state)
+    monkeypatch.undo()
+    assert fastlora.add_adapter(model, name, targets=("q", "fc1")).patched
+
+
+def test_a_rank_too_large_for_the_last_module() -> None:
+    model = tiny()
+    last = model.visual.transformer.resblocks[2].mlp
+    last.c_fc, last.c_proj = nn.Linear(64, 4), nn.Linear(4, 64)
+    fastlora.patch(model, encoders="text")
+    modules, state = dict(model.named_modules()), snapshot(model)
+    with pytest.raises(ValueError, match=r"rank 5 is above the width: a weight here is \(4, 64\)"):
+        fastlora.add_adapter(model, "second", rank=5, targets=("q", "fc1"))
+    assert dict(model.named_modules()) == modules
+    assert_same_state(model, state)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+def test_a_merge_that_is_stopped_is_undone(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    fastlora.patch(model)
+    randomise_adapters(model)
+    state = snapshot(model)
+    stop_at(call, monkeypatch, "merge")
+    with pytest.raises(Full):
+        fastlora.merge(model)
+    assert_same_state(model, state)
+    assert not any(layer.merged for _, layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("verb", [fastlora.unpatch, fastlora.merge, fastlora.unmerge])
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+def test_an_attention_that_was_replaced_stops_a_verb_at_once(verb: Any, merged: bool) -> None:
+    model = tiny()
+    fastlora.patch(model)
+    randomise_adapters(model)
+    if merged:
+        fastlora.merge(model)
+    block = model.visual.transformer.resblocks[2]
+    block.attn = nn.MultiheadAttention(64, 2, batch_first=True)
+    modules, state = dict(model.named_modules()), snapshot(model)
+    with pytest.raises(ValueError, match=r"visual\.transformer\.resblocks\.2\.attn has lost its adapter"):
+        verb(model)
+    assert dict(model.named_modules()) == modules
+    assert_same_state(model, state)

@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from .files import write_safetensors
-from .merged import metadata
 from .network import GELU, QUICK_GELU, Network
 
 __all__ = ["refusal", "write_open_clip", "write_transformers"]
@@ -65,7 +64,7 @@ def write_open_clip(
     model = dict(architecture) | {"quick_gelu": QUICK_GELU in network.activation.values()}
     config = {"model_cfg": model, "preprocess_cfg": dict(network.preprocessing)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_safetensors(folder / "open_clip_model.safetensors", state, metadata(network))
+    write_safetensors(folder / "open_clip_model.safetensors", state, network.metadata())
     if hasattr(wrapped := getattr(tokenizer, "tokenizer", tokenizer), "save_pretrained"):
         wrapped.save_pretrained(folder)
 
@@ -97,7 +96,7 @@ def write_transformers(folder: Path, model: Any, state: dict[str, Tensor], netwo
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         renamed |= _in_block(name, tensor) or {_NAMES[name]: tensor.T if name in _TRANSPOSED else tensor}
-    write_safetensors(folder / "model.safetensors", renamed, metadata(network))
+    write_safetensors(folder / "model.safetensors", renamed, network.metadata())
     files: dict[str, Any] = {
         "config.json": _config(model, state, network),
         "preprocessor_config.json": _processor(network),
@@ -138,12 +137,12 @@ def _config(model: Any, state: Mapping[str, Tensor], network: Network) -> dict[s
         }
 
     words = len(state["token_embedding.weight"])
-    text = tower("", "transformer", model.transformer.resblocks, state["token_embedding.weight"]) | {
+    text = tower("", "text", model.transformer.resblocks, state["token_embedding.weight"]) | {
         "vocab_size": words, "max_position_embeddings": len(state["positional_embedding"]),
         "bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1,
     }  # fmt: skip
     patches = state["visual.conv1.weight"]
-    vision = tower("visual.", "visual", model.visual.transformer.resblocks, state["visual.class_embedding"]) | {
+    vision = tower("visual.", "vision", model.visual.transformer.resblocks, state["visual.class_embedding"]) | {
         "image_size": network.preprocessing["size"], "patch_size": patches.shape[-1], "num_channels": patches.shape[1],
     }  # fmt: skip
     return {

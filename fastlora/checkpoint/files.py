@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["atomic", "atomic_folder", "leftovers", "open_safetensors", "read_pickle", "whole", "write_safetensors"]
+from ..beside import whole
 
+__all__ = [
+    "FLOATS", "atomic", "atomic_folder", "leftovers", "one_line", "open_safetensors", "plain", "read_pickle", "readable",
+    "write_safetensors",
+]  # fmt: skip
 
-def whole(tensor: Tensor) -> Tensor:
-    """A plain tensor without gradient. One that is sharded over processes is gathered, for which all of them must call."""
-    gather = getattr(tensor, "full_tensor", None)  # importing DTensor to ask for it takes half a second
-    return (tensor if gather is None else gather()).detach()
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @contextlib.contextmanager
@@ -69,12 +71,62 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     Raises:
         OSError: the file cannot be written.
     """
-    plain = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    held: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        here = whole(tensor).cpu().contiguous()
+        # the format takes no tensors that share memory, as tied ones do and the views of a packed one
+        if here.untyped_storage().nbytes() != here.nbytes or here.data_ptr() in memory:
+            here = here.clone()
+        memory.add(here.data_ptr())
+        held[name] = here
     try:
         with atomic(path) as temporary:
-            save_file(plain, temporary, metadata=metadata)
+            save_file(held, temporary, metadata=metadata)
     except SafetensorError as error:  # safetensors wraps a full disk or a missing folder
         raise OSError(f"cannot write {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def readable(path: Path, fault: str) -> Iterator[None]:
+    """Within: what Python raises on values that are not what they should be becomes one ValueError: "PATH is FAULT: …"."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, re.error) as error:
+        raise ValueError(f"{path} is {fault}: {error!r}") from None
+    except ValueError as error:  # of json, or a value that LoRAConfig does not take
+        raise error if str(path) in str(error) else ValueError(f"{path} is {fault}: {error}") from None
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Within: a ValueError's message is one line of at most 500 characters, whatever names a file made up."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        if said.isprintable() and len(said) <= 500:
+            raise
+        said = "".join(c if c.isprintable() else "?" for c in said)
+        raise ValueError(said if len(said) <= 500 else f"{said[:400]} … {said[-90:]}") from None
+
+
+def plain(path: object, name: str, value: Any) -> Tensor:
+    """`value` if it is a dense tensor of floating-point numbers on the CPU.
+
+    Raises:
+        ValueError: anything else, with what it is.
+    """
+    if not isinstance(value, Tensor):
+        found = f"a {type(value).__name__}"
+    elif value.is_meta or value.layout != torch.strided or value.is_nested:
+        found = "a tensor without values" if value.is_meta else f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+    elif value.dtype not in FLOATS:
+        found = f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+    else:
+        return value
+    kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+    raise ValueError(f"{path} is damaged: {name} is {found}, and should be a dense one of {kinds}")
 
 
 @contextlib.contextmanager
@@ -85,7 +137,7 @@ def open_safetensors(path: Path, what: str) -> Iterator[Any]:
         ValueError: not safetensors, or cut short; `what` says what it should have been.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable {what}: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 
 from ..record import MergeReport, lora_layers, merge_report_of
 from .files import atomic, atomic_folder, write_safetensors
-from .network import Network
+from .network import KEY, Network
 
-__all__ = ["ENDINGS", "KEY", "metadata", "plain_state", "write"]
+__all__ = ["ENDINGS", "plain_state", "write"]
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
-# Under this key a file says which network its weights belong to.
-KEY = "fastlora"
 
 
 def write(model: nn.Module, path: Path, dtype: torch.dtype | None = None, network: Network | None = None) -> MergeReport:
@@ -45,16 +42,11 @@ def write(model: nn.Module, path: Path, dtype: torch.dtype | None = None, networ
         with atomic_folder(path) as temporary:
             model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
     elif path.suffix == ".safetensors":
-        write_safetensors(path, state, metadata(network))
+        write_safetensors(path, state, network.metadata())
     else:
         with atomic(path) as temporary:
             torch.save({"state_dict": state, KEY: {"network": network.to_dict()}}, temporary)
     return report
-
-
-def metadata(network: Network) -> dict[str, str]:
-    """Return the metadata of a safetensors file of weights that belong to `network`."""
-    return {"format": "pt", KEY: json.dumps({"network": network.to_dict()})}
 
 
 @torch.no_grad()

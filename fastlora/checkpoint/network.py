@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GELU", "PREPROCESSING", "QUICK_GELU", "Network", "activation_name"]
+__all__ = ["GELU", "KEY", "PREPROCESSING", "QUICK_GELU", "Network", "activation_name"]
 
 GELU, QUICK_GELU = "gelu", "quick_gelu"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,6 +32,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+# What open_clip, OpenAI and transformers call their towers.
+_TOWERS = {"transformer": "text", "text": "text", "text_model": "text", "visual": "vision", "vision_model": "vision"}
+# Under this key a file's metadata hold the description.
+KEY = "fastlora"
 # Dropout, Identity and the like have no parameters either: only what is named like an activation is called.
 _NAMED_LIKE_ONE = re.compile(r"gelu|relu|silu|swish|mish|sigmoid|tanh|act", re.IGNORECASE)
 # GELU and its tanh form differ by 5e-4 here, two implementations of either by rounding.
@@ -48,7 +53,7 @@ class Network:
     """What a model computes besides its weights. None, or an absent key, is unknown and differs from nothing.
 
     Args:
-        activation: part of the model (its first path component) -> name of the activation there.
+        activation: "text" and "vision", or another part of the model (the beginning of a path) -> name of the activation there.
         preprocessing: of PREPROCESSING: "size" in pixels (a number, or height and width), "mean" and "std" of pixels in [0, 1],
             "interpolation" and "resize_mode" in open_clip's words.
         context_length: tokens of a prompt.
@@ -73,8 +78,12 @@ class Network:
         }
 
     def told(self, here: Network) -> str:
-        """Return in words what `differences` gives: "activation of visual quick_gelu, here gelu"."""
+        """Return in words what `differences` gives: "activation of vision quick_gelu, here gelu"."""
         return "; ".join(f"{name} {mine}, here {other}" for name, (mine, other) in self.differences(here).items())
+
+    def words(self) -> str:
+        """Return all that is known: "activation of text gelu; size 64; …"."""
+        return "; ".join(f"{name} {value}" for name, value in _flat(self).items())
 
     def options_over(self, here: Network) -> dict[str, Any]:
         """Return the arguments of open_clip's create_model_and_transforms that make this network of what is `here` without."""
@@ -85,6 +94,20 @@ class Network:
             elif name in _OPTIONS:
                 options[_OPTIONS[name]] = tuple(mine) if isinstance(mine, list) else mine
         return options
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of a safetensors file of weights that belong to this network."""
+        return {"format": "pt", KEY: json.dumps({"network": self.to_dict()})}
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str] | None) -> Network | None:
+        """Return the description in a safetensors file's metadata, as `metadata` gives it; None where there is none.
+
+        Raises:
+            KeyError, TypeError, ValueError: the metadata are damaged.
+        """
+        values = json.loads((metadata or {}).get(KEY, "{}"))
+        return cls.from_dict(values["network"]) if "network" in values else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as written to an adapter's metadata and to config.json."""
@@ -132,7 +155,8 @@ def _activations(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         leaf = not module._modules and not module._parameters and not module._buffers
         if leaf and path and _NAMED_LIKE_ONE.search(type(module).__name__):
-            found.setdefault(path.partition(".")[0], set()).add(activation_name(module))
+            part = path.partition(".")[0]
+            found.setdefault(_TOWERS.get(part, part), set()).add(activation_name(module))
     return {part: "+".join(sorted(names)) for part, names in sorted(found.items())}
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ENCODERS, LAYERS, LoRAConfig
-from .files import atomic, read_pickle
+from .files import atomic, plain, read_pickle, readable
+from .network import Network
 from .parts import ForeignAdapter, Part, Place, parts_of, slots
 
 __all__ = ["read", "write"]
@@ -29,12 +30,15 @@ _WEIGHTS = ("w_lora_A", "w_lora_B")
 _OLD_LARGE = (24, 21)
 
 
-def write(model: nn.Module, config: LoRAConfig, path: Path) -> None:
+def write(model: nn.Module, config: LoRAConfig, beside: dict[str, Tensor], network: Network, path: Path) -> None:
     """The adapter as the paper's code saves it, whole or not at all.
 
     Raises:
-        ValueError: what the format cannot say: ranks that differ, MLP targets, blocks that have no name.
+        ValueError: what the format cannot say: ranks that differ, MLP targets, blocks that have no name, anything trained
+            beside the adapter.
     """
+    if beside:
+        raise ValueError(f"CLIP-LoRA's file holds nothing beside the adapter: {', '.join(beside)} would be lost")
     if config.rank_pattern:
         raise ValueError("CLIP-LoRA's file has one rank for all layers: this adapter has a rank_pattern")
     if other := set(config.targets) - set(PROJECTIONS):
@@ -58,6 +62,7 @@ def write(model: nn.Module, config: LoRAConfig, path: Path) -> None:
             "encoder": "both" if len(encoders) == 2 else encoders.pop(),
             "params": list(config.targets),
             "position": config.layers,
+            "network": network.to_dict(),
         },
     }
     with atomic(path) as temporary:
@@ -71,10 +76,11 @@ def read(path: Path, model: nn.Module) -> ForeignAdapter:
         ValueError: not such a file, or one for another model.
     """
     values = read_pickle(path, WHAT)
-    try:
+    with readable(path, f"no {WHAT}"):
         weights, metadata = values["weights"], values["metadata"]
         rank, alpha, position, params = (metadata[key] for key in ("r", "alpha", "position", "params"))
         encoders = ENCODERS if metadata["encoder"] == "both" else (metadata["encoder"],)
+        network = Network.from_dict(metadata["network"]) if "network" in metadata else None  # where fastlora wrote the file
         config = LoRAConfig(rank=rank, alpha=float(alpha), targets=tuple(params), encoders=encoders, layers=position)
         blocks = _blocks(path, config, model, len(weights))
         parts = {}
@@ -83,15 +89,13 @@ def read(path: Path, model: nn.Module) -> ForeignAdapter:
             if set(layer) != {PROJECTIONS[target] for target in config.targets}:
                 raise ValueError(f"{path} is damaged: layer_{i} holds {sorted(layer)}, the metadata says {params}")
             for name, pair in layer.items():
-                a, b = (pair[key].float() for key in _WEIGHTS)
+                a, b = (plain(path, f"layer_{i} {name} {key}", pair[key]) for key in _WEIGHTS)
                 if a.ndim != 2 or a.shape[0] != rank:
                     raise ValueError(
                         f"{path} is damaged: layer_{i} {name} has A {tuple(a.shape)}, the metadata says rank {rank}"
                     )
                 parts[Place(encoder, block, TARGETS[name])] = Part(a, b, config.alpha, f"layer_{i} {name}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no {WHAT}: {error!r}") from None
-    return ForeignAdapter(str(path), parts, "alpha/sqrt(r)", config.dropout)
+    return ForeignAdapter(str(path), parts, "alpha/sqrt(r)", config.dropout, network=network)
 
 
 def _blocks(path: Path, config: LoRAConfig, model: nn.Module, count: int) -> list[tuple[str, int]]:

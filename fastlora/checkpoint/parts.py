@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import hosts
+from ..beside import Kept, whole
 from ..config import ENCODERS, LAYERS, TARGETS, LoRAConfig
+from ..plan import Plan
 from ..record import config_of, lora_layers
-from .files import whole
+from .network import Network
 
-__all__ = ["ForeignAdapter", "Part", "Place", "Slot", "parts_of", "slots"]
+__all__ = ["ForeignAdapter", "Part", "Place", "Scaling", "Slot", "parts_of", "slots"]
+
+Scaling = Literal["alpha/sqrt(r)", "alpha/r"]
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -124,12 +128,16 @@ class ForeignAdapter:
         parts: what it holds.
         scaling: how a rank scales there.
         dropout: what it was trained with.
+        beside: what was trained beside it, by its name in the model.
+        network: what it was trained on, where fastlora wrote it.
     """
 
     source: str
     parts: dict[Place, Part]
-    scaling: Literal["alpha/sqrt(r)", "alpha/r"]
+    scaling: Scaling
     dropout: float
+    beside: dict[str, Kept] = dataclasses.field(default_factory=dict)
+    network: Network | None = None
 
     def config(self, model: nn.Module, patched: LoRAConfig | None) -> LoRAConfig:
         """The LoRAConfig whose modules hold the parts; dropout and backend are those of a patched model.
@@ -165,34 +173,35 @@ class ForeignAdapter:
         }
         return dataclasses.replace(config, rank_pattern=pattern)
 
-    def tensors(self, model: nn.Module, expected: set[str]) -> dict[str, Tensor]:
-        """The parts packed as the modules of the patched model hold them, by the names that a native file has.
+    def tensors(self, model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+        """The parts packed as the planned modules hold them, in fp32, by the names that a native file has.
 
         Raises:
             ValueError: a part of another shape than its module.
         """
-        layers, packed = dict(lora_layers(model)), {}
+        packed = {}
         for path, places in self._modules(slots(model)).items():
-            if (layer := layers.get(path)) is None:
+            if (module := plan.modules.get(path)) is None:
                 raise ValueError(f"{self.source} is for another model: {path} cannot have an adapter here")
-            weight_n, k = layer.base_weight.shape
-            active = [i for i, on in enumerate(layer.spec.active) if on]
-            rank, n = layer.adapters()[0].shape[1], weight_n // len(layer.spec.active)
-            a, b = torch.zeros(len(active), rank, k), torch.zeros(len(active), n, rank)
+            active = [i for i, on in enumerate(module.active) if on]
+            a, b = (torch.zeros(shape, dtype=torch.float32) for shape in module.shapes)
+            b = b.view(len(active), -1, module.config.rank)
             for place, slot in places.items():
                 part, index = self.parts[place], active.index(slot.group)
-                r = part.rank
+                r, k, n = part.rank, a.shape[2], b.shape[1]
                 if part.a.shape != (r, k) or part.b.shape != (n, r):
                     raise ValueError(
                         f"{self.source} is for another model: {part.name} has A {tuple(part.a.shape)} and B"
                         f" {tuple(part.b.shape)}, here A ({r}, {k}) and B ({n}, {r}) are needed"
                     )
                 a[index, :r] = part.a
-                b[index, :, :r] = part.b * (self._scale(part) / layer.spec.scale)  # 1.0 but for a rank or alpha of its own
+                b[index, :, :r] = part.b.float() * (
+                    self._scale(part) / module.config.scale
+                )  # 1.0 but for its own rank or alpha
             packed[f"{path}.lora_A"], packed[f"{path}.lora_B"] = a, b.flatten(0, 1)
         return packed
 
-    def check_base(self, model: nn.Module) -> None:
+    def check_base(self, model: nn.Module, plan: Plan) -> None:
         """Foreign files say nothing of the base's weights."""
 
     def _scale(self, part: Part) -> float:

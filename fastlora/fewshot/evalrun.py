@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def run(
             coop.load(context, folder.context)
             after = evaluate(loaded.model, dataclasses.replace(exam, tokens=placed), *rest[1:])
         elif recipe.method != "zero-shot":
-            adapt(loaded.model, recipe, folder)
+            adapt(loaded.model, recipe, folder, loaded.tokenizer)
             after = evaluate(loaded.model, *rest)
         resolved = {"template": prompt, "data": data, "reading": dataclasses.asdict(how)}
         metrics = {"method": recipe.method, "run": str(folder.path), **summary.measures(before, after), "resolved": resolved}
@@ -176,20 +177,23 @@ def loaded_for(config: dict[str, Any], recipe: Recipe, device: torch.device, con
     models.check(recipe.model, recipe.pretrained, recipe.quick_gelu, assume=old)
     loaded = models.load(recipe.model, recipe.pretrained, device, recipe.quick_gelu, assume=old)
     models.check_network(config, loaded, "the run")
-    for note in loaded.notes:
+    assumed = [f"the run is of an earlier version, which kept no network: assumed is {loaded.network.words()}"] if old else []
+    for note in (*assumed, *loaded.notes):
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     return loaded
 
 
-def adapt(model: Any, recipe: Recipe, folder: RunFolder) -> None:
-    """Put what the run saved onto the model as it was before.
+def adapt(model: Any, recipe: Recipe, folder: RunFolder, tokenizer: Any = None) -> None:
+    """Put what the run saved onto the model as it was before; `tokenizer` as for `fastlora.load`.
 
     Raises:
         UserError: it cannot be loaded, or is not what config.json says.
     """
     try:
         if recipe.method == "lora":
-            report = adapters.load(model, folder.adapter)
+            with warnings.catch_warnings():  # of an old run loaded_for has told it
+                warnings.filterwarnings("ignore", ".* was saved by an earlier version")
+                report = adapters.load(model, folder.adapter, tokenizer=tokenizer)
             if dataclasses.asdict(report.config) != dataclasses.asdict(recipe.lora):
                 raise UserError(f"{folder.adapter} was saved with {report.config}, config.json says {recipe.lora}")
         else:

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from .. import checkpoint as adapters
 from ..checkpoint.files import write_safetensors
-from ..checkpoint.merged import metadata
 from . import memory, report, summary
 from .job import NEW, TEST, Job
 from .loop import Loop
@@ -27,12 +26,12 @@ __all__ = ["finish", "save"]
 def save(loaded: LoadedModel, context: coop.ContextEmbedding | None, folder: RunFolder, job: Job) -> None:
     """Write what was trained."""
     if job.recipe.method == "lora":
-        adapters.save(loaded.model, folder.adapter)
+        adapters.save(loaded.model, folder.adapter, tokenizer=loaded.tokenizer)
     elif context is not None:
         with atomic(folder.context) as temporary:
             coop.save(context, temporary)
     elif not job.brief:
-        write_safetensors(folder.model, loaded.model.state_dict(), metadata(loaded.network))
+        write_safetensors(folder.model, loaded.model.state_dict(), loaded.network.metadata())
 
 
 def finish(job: Job, folder: RunFolder, data: Prepared, all_before: dict[str, Result], all_after: dict[str, Result],

@@ -61,7 +61,7 @@ def run(folder: RunFolder, out: Path, dtype: str, console: Console, form: str | 
     if out.suffix and form is not None:
         raise UserError(f"--form {form} is of a folder, and --out {out} a file: leave one of the two out")
     loaded = loaded_for(config, recipe, torch.device("cpu"), console)
-    adapt(loaded.model, recipe, folder)
+    adapt(loaded.model, recipe, folder, loaded.tokenizer)
     console.print(f"adding the update to {recipe.model}", highlight=False)
     if out.suffix:
         report = merged.write(loaded.model, out, DTYPES[dtype], loaded.network)

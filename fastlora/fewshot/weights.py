@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.files import open_safetensors
-from ..checkpoint.merged import KEY
-from ..checkpoint.network import PREPROCESSING, QUICK_GELU, Network
+from ..checkpoint.network import KEY, PREPROCESSING, QUICK_GELU, Network
 from .errors import UserError
 
 __all__ = ["WeightsFile", "recognise", "scripted_state"]
@@ -92,12 +91,11 @@ def _exported(path: Path) -> Network | None:
     try:
         if path.suffix == ".safetensors":
             with open_safetensors(path, "safetensors file") as file:
-                values = json.loads((file.metadata() or {}).get(KEY, "{}"))
+                return Network.of_metadata(file.metadata())
         elif zipfile.is_zipfile(path):
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(KEY, {})
-        else:
-            return None
-        return Network.from_dict(values["network"]) if values else None
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(KEY)
+            return Network.from_dict(values["network"]) if values else None
+        return None
     except ValueError as error:
         raise UserError(str(error)) from error
     except Exception:  # torch raises many types on what it cannot read; whoever loads the weights tells what is wrong

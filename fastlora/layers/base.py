@@ -76,15 +76,15 @@ class LoRALayer(nn.Module):
         n, k = self.base_weight.shape
         device, g = self.base_weight.device, sum(active)
         # kaiming_uniform(a=√5) of each (R, K), as loralib and the paper: bound 1/√K
-        a = torch.empty(g, config.rank, k, device=device).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
+        a = torch.empty(g, config.rank, k, dtype=torch.float32, device=device).uniform_(-1 / math.sqrt(k), 1 / math.sqrt(k))
+        b = torch.zeros(g * (n // len(active)), config.rank, dtype=torch.float32, device=device)
         holder: nn.Module = self
         if name != DEFAULT:
             if self.named is None:
                 self.named = nn.Module()
             # add_module refuses the names of nn.Module's own attributes, such as "train"
             holder = self.named._modules[name] = LoRASlot().train(self.training)
-        holder.lora_A = nn.Parameter(a)
-        holder.lora_B = nn.Parameter(torch.zeros(g * (n // len(active)), config.rank, device=device))
+        holder.lora_A, holder.lora_B = nn.Parameter(a), nn.Parameter(b)
         spec = dataclasses.replace(self.spec, scale=config.scale, dropout=config.dropout, active=active)
         self._constants[name] = spec, config.backend
 
