@@ -74,7 +74,7 @@ def test_a_hook_anywhere_runs(encoder: str, place: str, when: str) -> None:
     got, want = encode(), own_features(model, encoder)
     assert torch.equal(got, want) and not torch.allclose(got, untouched, atol=1e-3)
     said = plan(model).vision if encoder == "vision" else plan(model).text
-    assert said.startswith("the host's own method: a hook on ") and "would not run" in said
+    assert said.startswith("the host's own method: a forward hook on ") and "would not run" in said
     if when == "after":
         hook.remove()
         assert torch.equal(encode(), untouched)

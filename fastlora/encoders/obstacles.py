@@ -24,8 +24,7 @@ _KNOWN = {
 _FORWARDS = {(package, f"{name}.forward") for package, names in _KNOWN.items() for name in names}
 # Methods beside forward that a host's own way runs.
 _METHODS = ("attention", "_embeds", "_pool", "_global_pool", "_build_additive_mask")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 
 def obstacle(roots: Iterable[nn.Module]) -> str | None:
@@ -35,8 +34,10 @@ def obstacle(roots: Iterable[nn.Module]) -> str | None:
     for root in roots:
         for module in root.modules():
             own = module.__dict__
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-                return f"a hook on {_where(module, root)} would not run"
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return f"a forward hook on {_where(module, root)} would not run"
+            if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                return f"a backward hook on {_where(module, root)} would not run"
             if (name := replaced(module, "forward", *_METHODS)) is not None:
                 return f"{_where(module, root)} has a {name} of its own"
             if type(module).forward is not nn.Module.forward and not _known(type(module).forward):

@@ -261,7 +261,8 @@ def _known(model: nn.Module) -> Any:
 
 def _overrides(model: nn.Module, name: str) -> str | None:
     """Why the method `name` cannot be stood in for: the model, or a subclass of open_clip's, has one of its own; or None."""
-    if getattr(type(model), name) is not getattr(_known(model), name):
+    known = _known(model)
+    if getattr(type(model), name) is not getattr(known, name):
         return f"{type(model).__name__} has an {name} of its own"
     return None
 
