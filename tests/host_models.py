@@ -234,6 +234,10 @@ HOSTS = (
         (images(32), tokens(16)), run_clip, True,
     ),
     Host(
+        "open_clip 4", "CLIP, scaled", "a stand-in with its custom blocks' norms and scales, width 64",
+        stand_in(stand_ins.ScaledAttention), (images(32), tokens(16)), run_clip, True,
+    ),
+    Host(
         "OpenAI clip", "CLIP", "a stand-in with its classes' attributes, width 64", stand_in(nn.MultiheadAttention),
         (images(32), tokens(16)), run_clip, True,
     ),

@@ -12,20 +12,43 @@ from torch import Tensor, nn
 
 
 class PackedAttention(nn.Module):
-    """open_clip 4's form: nn.MultiheadAttention's in_proj_weight, in_proj_bias and out_proj, a forward of its own."""
+    """open_clip 4's form: nn.MultiheadAttention's in_proj_weight, in_proj_bias and out_proj, a forward of its own.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Keys and values may come from elsewhere: then the weight is cut in three, and each part projects what is its own. `scaled`:
+    queries and keys are normalised, heads and the result are scaled, as its custom blocks can have it.
+    """
+
+    def __init__(self, width: int, heads: int, scaled: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj_bias = nn.Parameter(torch.randn(3 * width) * 0.1)
         self.out_proj = nn.Linear(width, width)
+        self.ln_q = nn.LayerNorm(width // heads) if scaled else nn.Identity()
+        self.ln_k = nn.LayerNorm(width // heads) if scaled else nn.Identity()
+        self.ln_inner = nn.LayerNorm(width) if scaled else nn.Identity()
+        self.head_scale = nn.Parameter(torch.rand(heads, 1, 1) + 0.5) if scaled else None
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+    def forward(
+        self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        if k_x is None and v_x is None:
+            parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            inputs = (x, x if k_x is None else k_x, x if v_x is None else v_x)
+            weights, biases = self.in_proj_weight.chunk(3, dim=0), self.in_proj_bias.chunk(3)
+            parts = tuple(F.linear(*part) for part in zip(inputs, weights, biases, strict=True))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask)
+        y = y if self.head_scale is None else y * self.head_scale
+        return self.out_proj(self.ln_inner(y.transpose(1, 2).flatten(2)))
+
+
+class ScaledAttention(PackedAttention):
+    """The same with its norms and scales."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads, scaled=True)
 
 
 class Block(nn.Module):
@@ -45,7 +68,7 @@ class Block(nn.Module):
         if isinstance(self.attn, nn.MultiheadAttention):
             attended = self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
         else:
-            attended = self.attn(normed, attn_mask=mask)
+            attended = self.attn(normed, k_x=normed, v_x=normed, attn_mask=mask)
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 

@@ -159,7 +159,8 @@ def test_flags_of_a_packed_attention_are_the_hosts() -> None:
     torch.manual_seed(0)
     model = stand_ins.CLIP(stand_ins.PackedAttention)
     attention, x = model.transformer.resblocks[0].attn, torch.randn(2, 5, 64)
-    calls: list[dict[str, Any]] = [{}, {"is_causal": True}, {"attn_mask": torch.randn(5, 5)}]
+    other = torch.randn(2, 7, 64)
+    calls: list[dict[str, Any]] = [{}, {"attn_mask": torch.randn(5, 5)}, {"k_x": x, "v_x": x}, {"k_x": other, "v_x": other}]
     before = [attention(x, **call) for call in calls]
     fastlora.patch(model)
     layer = model.transformer.resblocks[0].attn
@@ -172,13 +173,42 @@ def test_flags_of_a_packed_attention_are_the_hosts() -> None:
 
 def test_a_host_that_passes_its_weight_by_is_an_error_not_silence() -> None:
     class Elsewhere(stand_ins.PackedAttention):
-        def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        def forward(self, x: Tensor, **_: Any) -> Tensor:
             return x @ self.in_proj_weight.T[:, : x.shape[-1]]
 
     model = stand_ins.CLIP(Elsewhere)
     fastlora.patch(model)
-    with pytest.raises(RuntimeError, match="did not use in_proj_weight as a linear projection"):
+    with pytest.raises(RuntimeError, match="matmul takes the weight of a LoRAElsewhere past its adapter"):
         model.encode_image(PAIR[0])
+
+
+def test_a_weight_cut_in_three_counts_its_adapter_whatever_comes_in() -> None:
+    """open_clip 4 hands x as keys and values too, its attention cuts the weight; with other keys it projects these."""
+    torch.manual_seed(0)
+    model, x, other = stand_ins.CLIP(stand_ins.PackedAttention).eval(), torch.randn(2, 5, 64), torch.randn(2, 7, 64)
+    twin = copy.deepcopy(model)
+    fastlora.patch(model, dropout=0.0, targets=("q", "v"))
+    randomise_adapters(model)
+    layer, plain = model.transformer.resblocks[0].attn, twin.transformer.resblocks[0].attn
+    with torch.no_grad():
+        plain.in_proj_weight += layer.delta()
+    for call in ({}, {"k_x": x, "v_x": x}, {"k_x": other, "v_x": other}, {"v_x": x}):
+        torch.testing.assert_close(layer(x, **call), plain(x, **call))
+
+
+def test_a_projection_without_its_bias_stays_without() -> None:
+    class Unbiased(type(small_clip().vision_model.encoder.layers[0].self_attn)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.v_proj.weight) + self.q_proj(x)
+
+    model = small_clip()
+    attention = model.vision_model.encoder.layers[0].self_attn
+    attention.__class__ = Unbiased
+    nn.init.normal_(attention.v_proj.bias), nn.init.normal_(attention.q_proj.bias)
+    x = torch.randn(2, 5, 32)
+    want = attention(x)
+    fastlora.patch(model)
+    torch.testing.assert_close(model.vision_model.encoder.layers[0].self_attn(x), want)
 
 
 def test_half_precision_weights_of_openai() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import Step, run_block
 from .packing import Sequences
-from .towers import VisionTower, seed_for, vision_tower
+from .towers import VisionTower, in_place, seed_for, vision_tower
 
 __all__ = ["ImageEncoder", "encode_image"]
 
@@ -50,20 +50,25 @@ def encode_image(
 
 
 class ImageEncoder:
-    """`encode_image` with the tower looked up once. Patching, merging and train() may follow later."""
+    """`encode_image` with the tower looked up once. Patching, merging, train() and hooks may follow later."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._tower = vision_tower(model)
+        self._found = vision_tower(model)
+
+    @property
+    def _tower(self) -> VisionTower | None:
+        """The tower, None where the host's own method must run now."""
+        return in_place(self._found, self.model)
 
     def microbatch(self, count: int, device: torch.device) -> int:
         """How many of `count` images are best encoded at a time in training: some on a CPU, all on a GPU.
 
         All as well where the host's own method runs: its images may depend on each other, as BatchNorm's do.
         """
-        if device.type != "cpu" or not isinstance(self._tower, VisionTower):
+        if device.type != "cpu" or (tower := self._tower) is None:
             return count
-        parts = max(1, round(count * self._tower.host.positional_embedding.numel() / _ENOUGH))
+        parts = max(1, round(count * tower.host.positional_embedding.numel() / _ENOUGH))
         return -(-count // parts)
 
     def __call__(
@@ -73,7 +78,7 @@ class ImageEncoder:
         if ids is not None and (ids.shape != images.shape[:1] or ids.dtype.is_floating_point):
             raise ValueError(f"ids must be ({len(images)},) integers, got {ids.dtype} {tuple(ids.shape)}")
         tower = self._tower
-        if not isinstance(tower, VisionTower) or len(images) == 0:
+        if tower is None or len(images) == 0:
             return self.model.encode_image(images, normalize=normalize)
         x = tower.embed(images)
         count, length, width = x.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .blocks import Step, run_block
 from .packing import PackedPrompts, pack, shared_prefix
-from .towers import TextTower, first_live, seed_for, text_tower
+from .towers import TextTower, first_live, in_place, seed_for, text_tower
 
 __all__ = ["TextEncoder", "common_prefix", "encode_text"]
 
@@ -56,7 +56,7 @@ class TextEncoder:
     """The same prompts at every step: planned and packed once, and what no adapter touches computed once.
 
     What lies below the lowest block that is trained is kept as long as its weights are unchanged; the whole tower where nothing
-    in it is trained. Make it once the model is on its device; patching, merging and train() may follow later.
+    in it is trained. Make it once the model is on its device; patching, merging, train() and hooks may follow later.
 
     Args:
         model: an open_clip CLIP, CustomTextCLIP or CoCa, patched or not.
@@ -88,8 +88,8 @@ class TextEncoder:
 
     def __call__(self, seed: int | Tensor | None = None, *, normalize: bool = False) -> Tensor:
         """Features (n, E) of the prompts, in the order given. `seed` and `normalize` as for `encode_text`."""
-        tower, packed = self._tower, self._packed
-        if packed is None or not isinstance(tower, TextTower):
+        tower, packed = in_place(self._tower, self.model), self._packed
+        if packed is None or tower is None:
             return self.model.encode_text(self.tokens, normalize=normalize)
         seed = seed_for(tower.blocks, seed, packed.rows.device)
         step = Step(seed, packed.rows, tower.host.transformer.grad_checkpointing)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import seed_tensor
 from ..layers import LoRALayer
+from .obstacles import obstacle, replaced
 
-__all__ = ["Plan", "TextTower", "VisionTower", "first_live", "plan", "seed_for", "text_tower", "vision_tower"]
+__all__ = ["Plan", "TextTower", "VisionTower", "first_live", "in_place", "plan", "seed_for", "text_tower", "vision_tower"]
 
+T = TypeVar("T", "TextTower", "VisionTower")
 _POOLS = ("first", "last", "argmax", "eos")
 
 
@@ -44,6 +46,15 @@ class TextTower:
     pool: str
     eos: int | None
     class_token: bool
+
+    def obstacle(self, model: nn.Module) -> str | None:
+        """Why the host's own method must run on `model` now, or None: cheap enough for every call."""
+        host = model if self.host is model else model.text
+        if host is not self.host or tuple(host.transformer.resblocks) != self.blocks:
+            return "its text tower was replaced"
+        projection = [host.text_projection] if isinstance(host.text_projection, nn.Module) else []
+        parts = [host.token_embedding, host.transformer, host.ln_final, *projection] if host is model else [host]
+        return _replaced(model, "encode_text", "_encode_text") or obstacle(parts)
 
     @property
     def context(self) -> int:
@@ -104,6 +115,12 @@ class VisionTower:
     host: Any
     blocks: tuple[Any, ...]
     pooled: bool
+
+    def obstacle(self, model: nn.Module) -> str | None:
+        """Why the host's own method must run on `model` now, or None: cheap enough for every call."""
+        if model.visual is not self.host or tuple(self.host.transformer.resblocks) != self.blocks:
+            return "its vision tower was replaced"
+        return _replaced(model, "encode_image", "_encode_image") or obstacle([self.host])
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, L, D)."""
@@ -171,7 +188,8 @@ def text_tower(model: Any) -> TextTower | str:
         return "it masks its padding"
     if causal and not _is_causal(host.attn_mask):
         return "its attention mask is not the causal one"
-    return TextTower(host, tuple(host.transformer.resblocks), causal, pool, eos, class_token)
+    tower = TextTower(host, tuple(host.transformer.resblocks), causal, pool, eos, class_token)
+    return tower.obstacle(model) or tower
 
 
 def vision_tower(model: Any) -> VisionTower | str:
@@ -189,7 +207,16 @@ def vision_tower(model: Any) -> VisionTower | str:
         return f"{type(host).__name__} is not open_clip's VisionTransformer"
     if (why := _refused(host.transformer)) is not None:
         return why
-    return VisionTower(host, tuple(host.transformer.resblocks), host.attn_pool is None and host.pool_type == "tok")
+    tower = VisionTower(host, tuple(host.transformer.resblocks), host.attn_pool is None and host.pool_type == "tok")
+    return tower.obstacle(model) or tower
+
+
+def in_place(tower: T | str, model: nn.Module) -> T | None:
+    """The tower of `model` that was found before, None where there was none or the host's own method must run by now."""
+    if isinstance(tower, str):
+        return None
+    # a graph holds what was there when it was made
+    return tower if torch.compiler.is_compiling() or tower.obstacle(model) is None else None
 
 
 def first_live(blocks: Iterable[Any]) -> int:
@@ -235,8 +262,14 @@ def _known(model: nn.Module) -> Any:
 def _overrides(model: nn.Module, name: str) -> str | None:
     """Why the method `name` cannot be stood in for: the model, or a subclass of open_clip's, has one of its own; or None."""
     known = _known(model)
-    own = name in vars(model) or getattr(type(model), name) is not getattr(known, name)
-    return f"{type(model).__name__} has an {name} of its own" if own else None
+    if getattr(type(model), name) is not getattr(known, name):
+        return f"{type(model).__name__} has an {name} of its own"
+    return None
+
+
+def _replaced(model: nn.Module, *methods: str) -> str | None:
+    name = replaced(model, *methods)
+    return None if name is None else f"{type(model).__name__} has an {name} of its own"
 
 
 def _refused(transformer: Any) -> str | None:
@@ -251,10 +284,8 @@ def _refused(transformer: Any) -> str | None:
         attention = block.attn
         if not isinstance(attention, nn.MultiheadAttention) or not attention._qkv_same_embed_dim:
             return f"its blocks attend with {type(attention).__name__}, not a packed nn.MultiheadAttention"
-        if attention.bias_k is not None or attention.add_zero_attn or (attention.dropout and attention.training):
-            return "its attention adds a bias or zeros to keys and values, or drops out"
-        if any(m._forward_hooks or m._forward_pre_hooks for m in (transformer, block, attention)):
-            return "a forward hook on its blocks would not run"
+        if attention.bias_k is not None or attention.add_zero_attn:
+            return "its attention adds a bias or zeros to keys and values"
     return None
 
 

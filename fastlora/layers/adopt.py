@@ -82,8 +82,7 @@ def adopt(
 
 def release(layer: LoRALayer, host: nn.Module) -> None:
     """Hand the layer's present parameters, buffers and mode back to `host`, which may have been left behind by a swap."""
-    if isinstance(layer, LoRAHostAttention):
-        layer._release()
+    layer._release()
     for registry in ("_parameters", "_buffers"):
         ours, theirs = layer.__dict__[registry], host.__dict__[registry]
         theirs.update({name: ours[name] for name in theirs})

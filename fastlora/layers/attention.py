@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,16 @@ from torch import Tensor, nn
 from .base import LoRALayer
 
 __all__ = ["LoRAMultiheadAttention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """How one call attends and what it gives; `dropout` is 0 where nothing is trained."""
+
+    batch_first: bool
+    dropout: float
+    need_weights: bool
+    average: bool
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -27,7 +41,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         self, x: Tensor, first: int, last: int, *, seed: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """Only the projections first … last-1 of (q, k, v): x (..., D) -> (..., (last-first)·D)."""
-        return self._project(x, self.in_proj_bias, seed, rows, slice(first, last))
+        rows_of_bias = slice(first * self.embed_dim, last * self.embed_dim)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows_of_bias]
+        return self._project(x, bias, seed, rows, slice(first, last))
 
     def forward(
         self,
@@ -43,11 +59,38 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """As nn.MultiheadAttention.forward: the same arguments, shapes and results."""
         if is_causal and attn_mask is None:
             raise RuntimeError("need attn_mask if specifying the is_causal hint")
+        dropout = self.dropout if self.training else 0.0
+        options = _Options(self.batch_first, dropout, need_weights, average_attn_weights)
+        return self._attend(query, key, value, key_padding_mask, attn_mask, options)
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is not F.multi_head_attention_forward:
+            return super().answer(func, args, kwargs)
+        # nn.MultiheadAttention's own forward comes here: called by a subclass, a wrapper or a function in its place
+        call = inspect.signature(func).bind(*args, **kwargs)
+        call.apply_defaults()
+        call = SimpleNamespace(**call.arguments)
+        own = (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
+        given = (call.in_proj_weight, call.in_proj_bias, call.out_proj_weight, call.out_proj_bias)
+        more = (call.bias_k, call.bias_v, call.static_k, call.static_v)
+        known = all(a is b for a, b in zip(own, given, strict=True)) and all(part is None for part in more)
+        if not known or call.num_heads != self.num_heads or call.add_zero_attn or call.use_separate_proj_weight:
+            return None
+        if call.is_causal and call.attn_mask is None:
+            raise RuntimeError("need attn_mask if specifying the is_causal hint")
+        dropout = call.dropout_p if call.training else 0.0
+        options = _Options(False, dropout, call.need_weights, call.average_attn_weights)
+        return self._attend(call.query, call.key, call.value, call.key_padding_mask, call.attn_mask, options)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         same = query is key and key is value
         batched = query.ndim == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
-        elif not self.batch_first:
+        elif not options.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         if not same:  # self-attention on copies stays one packed product only where the tensors are the same object
             seed = self._shared_seed(query)
@@ -57,8 +100,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in parts)
 
         mask = self._attention_mask(attn_mask, key_padding_mask, q, k)
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
+        dropout = options.dropout
+        if options.need_weights:
             scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = F.dropout(weights, dropout) if dropout else weights
@@ -69,11 +112,11 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         out = self.out_proj(out.transpose(1, 2).flatten(2))
 
         if weights is not None:
-            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights.mean(1) if options.average else weights
             weights = weights if batched else weights[0]
         if not batched:
             return out[0], weights
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+        return (out if options.batch_first else out.transpose(0, 1)), weights
 
     def _shared_seed(self, x: Tensor) -> Tensor | None:
         """One seed for three separate calls: a draw each would be as right, but packed and separate then differ."""

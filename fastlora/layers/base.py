@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig, OpSpec
 from ..functional import lora_linear
 from .packing import stacked
+from .weight import AdaptedRows, AdaptedWeight, guard, plain, unguard
 
 __all__ = ["DEFAULT", "LoRALayer", "LoRASlot"]
 
@@ -49,8 +50,8 @@ class LoRALayer(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The frozen weight (N, K): the host's one parameter, a view over several that are packed, or a copy."""
-        return stacked(self.base_weights())
+        """The frozen weight (N, K): an alias of the host's one parameter, a view over several that are packed, or a copy."""
+        return stacked([plain(weight) for weight in self.base_weights()])
 
     def _attach(self, site: int, groups: int) -> None:
         """Make room for adapters; there is none yet."""
@@ -61,6 +62,27 @@ class LoRALayer(nn.Module):
         self.named = None
         self.spec = OpSpec(1.0, 0.0, site, tuple(range(groups)), (False,) * groups)
         self.activate(None)
+        self.register_load_state_dict_post_hook(_settle)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let the host's parameters know their adapter: again, after what moves, copies or replaces them one by one."""
+        guard(self.base_weights(), self)
+
+    def _release(self) -> None:
+        """Make the host's parameters what they were."""
+        unguard(self.base_weights())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        unguard(self.base_weights())  # torch makes new parameters of what `fn` gives for these
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._settle()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._settle()
 
     def check_rank(self, rank: int) -> None:
         """Raise ValueError where a rank is above the smaller side of a group's weight."""
@@ -172,17 +194,34 @@ class LoRALayer(nn.Module):
         for part, rows in zip(parts, weight.split([len(part) for part in parts]), strict=True):
             part.copy_(rows)
 
+    def groups_of(self, first: int | None, count: int) -> slice | None:
+        """The groups that `count` rows of the weight (N, K) from `first` on are; None where they are no whole groups."""
+        width = sum(weight.shape[0] for weight in self.base_weights()) // len(self.spec.active)
+        if first is None or count == 0 or first % width or count % width:
+            return None
+        return slice(first // width, (first + count) // width)
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What torch's `func` gives on this layer's weight or rows of it with the adapter, None where that is not known."""
+        return self._linear(*args, **kwargs) if func is F.linear else None
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if not isinstance(weight, (AdaptedWeight, AdaptedRows)) or isinstance(input, (AdaptedWeight, AdaptedRows)):
+            return None
+        groups = self.groups_of(weight._first, plain(weight).shape[0])
+        return None if groups is None else self._project(input, bias, None, None, groups)
+
     def _project(
         self, x: Tensor, bias: Tensor | None, seed: Tensor | None, rows: Tensor | None, groups: slice = slice(None)
     ) -> Tensor:
-        """The op on the chosen groups (a slice of the G groups: q alone is slice(0, 1))."""
+        """The op on the chosen groups (a slice of the G groups: q alone is slice(0, 1)), with their part of the bias."""
         weight: Tensor = self.base_weight
         spec = self.spec
         active = spec.active[groups]
         if active != spec.active:
             width = len(weight) // len(spec.active)
             span = slice((groups.start or 0) * width, (groups.start or 0) * width + len(active) * width)
-            weight, bias = weight[span], None if bias is None else bias[span]
+            weight = weight[span]
         if self.merged or not any(active):
             if self.merged and self.training and torch.is_grad_enabled() and self.adapters()[1].requires_grad:
                 raise RuntimeError("a merged adapter cannot be trained: call fastlora.unmerge(model) first")
@@ -212,3 +251,8 @@ class LoRALayer(nn.Module):
         if self.adapted:
             parts.append(f"lora rank={self.adapters()[0].shape[1]}, groups={sum(self.spec.active)}/{len(self.spec.active)}")
         return ", ".join(parts)
+
+
+def _settle(module: nn.Module, _: Any) -> None:
+    assert isinstance(module, LoRALayer)
+    module._settle()

@@ -10,21 +10,33 @@ from torch.overrides import TorchFunctionMode
 
 from .base import LoRALayer
 from .packing import pack, stacked, unpack
+from .weight import AdaptedRows, plain, rows_of
 
 __all__ = ["LoRAHostAttention"]
 
 
 class _Projections(TorchFunctionMode):
-    """Within: F.linear on a layer's own weights is answered by that layer."""
+    """Within: a layer answers F.linear on its own weights, whole or cut into their groups of rows."""
 
     def __init__(self, layer: LoRAHostAttention, answers: dict[str, Any]) -> None:
         super().__init__()
         self.layer, self.answers = layer, answers
+        # what stands in for the parameters (functional_call, sharding, replicas) knows of no adapter
+        strange = (nn.Parameter, Tensor)
+        self.strangers = [(weight, i) for i, weight in enumerate(layer.base_weights()) if type(weight) in strange]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             return self.layer._answer(self.answers, *args, **(kwargs or {}))
+        if self.strangers and args and isinstance(args[0], Tensor):
+            args = (self._known(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        for weight, i in self.strangers:
+            if tensor is weight:
+                return rows_of(weight, self.layer, i * weight.shape[0])
+        return tensor
 
 
 class LoRAHostAttention(LoRALayer):
@@ -40,12 +52,13 @@ class LoRAHostAttention(LoRALayer):
     def base_weights(self) -> tuple[Tensor, ...]:
         return tuple(_fetch(self, name) for name in self._weights)
 
-    def _attach(self, site: int, groups: int) -> None:
-        self._pack()
-        super()._attach(site, groups)
-        self.register_load_state_dict_post_hook(_pack_again)
+    def _settle(self) -> None:
+        for parameters in self._packs():
+            pack(parameters)
+        super()._settle()
 
     def _release(self) -> None:
+        super()._release()
         for parameters in self._packs():
             unpack(parameters)
 
@@ -68,11 +81,15 @@ class LoRAHostAttention(LoRALayer):
     def _answer(self, answers: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weights = self.base_weights()
         group = next((i for i, own in enumerate(weights) if own is weight), None)
-        if group is None:
+        cut = isinstance(weight, AdaptedRows) and weight._layer() is self
+        if group is None and not cut:
             return F.linear(input, weight, bias)
-        if len(weights) == 1:
-            answers["input"] = input
-            return self._project(input, bias, None, None)
+        answers["used"] = True
+        if group is None or len(weights) == 1 or bias is not self._biases()[group]:
+            first = weight._first if isinstance(weight, AdaptedRows) else (group or 0) * weight.shape[0]
+            groups = self.groups_of(first, weight.shape[0])
+            # of no whole groups nobody knows the adapter, and the weight says so
+            return F.linear(input, weight, bias) if groups is None else self._project(input, bias, None, None, groups)
         if answers.get("input") is not input:  # q, k and v of one input come from one product
             answers["input"], answers["qkv"] = input, self._project(input, self._bias(), None, None).chunk(len(weights), -1)
         return answers["qkv"][group]
@@ -82,9 +99,8 @@ class LoRAHostAttention(LoRALayer):
         biases = self._biases()
         if all(bias is None for bias in biases):
             return None
-        width = len(self.base_weights()[0])
-        like = self.base_weights()[0]
-        return stacked([like.new_zeros(width) if bias is None else bias for bias in biases])
+        like = plain(self.base_weights()[0])
+        return stacked([like.new_zeros(len(like)) if bias is None else bias for bias in biases])
 
     def _biases(self) -> list[Tensor | None]:
         return [_fetch(self, name.removesuffix("weight") + "bias") for name in self._weights]
@@ -96,20 +112,6 @@ class LoRAHostAttention(LoRALayer):
         biases = [bias for bias in self._biases() if bias is not None]
         packs = [list(self.base_weights())] + ([biases] if len(biases) == len(self._weights) else [])
         return packs  # type: ignore[return-value]
-
-    def _pack(self) -> None:
-        for parameters in self._packs():
-            pack(parameters)
-
-    # What moves, copies or replaces parameters one by one takes them apart.
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._pack()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pack()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time: a copy or a pickle names the host's class, which can be imported
@@ -135,8 +137,3 @@ def _fetch(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
-
-
-def _pack_again(module: nn.Module, _: Any) -> None:
-    assert isinstance(module, LoRAHostAttention)
-    module._pack()
