@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from filelock import FileLock
 from rich.console import Console
+from torch.multiprocessing import start_processes
 
 from fastlora.fewshot import evalrun, trainer
 from fastlora.fewshot.errors import UserError
@@ -42,6 +43,14 @@ def refused(folder: Path) -> str:
             return ""
     except Busy as error:
         return str(error)
+
+
+def come_and_go(_: int, folder: Path) -> None:
+    """One of several processes: own a folder that is not there, again and again, and be alone in it."""
+    for _ in range(40):
+        with contextlib.suppress(Busy), owned(folder / "a" / "b"):
+            (folder / "inside").mkdir()
+            (folder / "inside").rmdir()
 
 
 class TestOwner:
@@ -82,18 +91,7 @@ class TestOwner:
 
     def test_one_of_many_gets_it_each_time(self, tmp_path: Path) -> None:
         """The folder comes and goes with its owners; never do two own it."""
-        code = (
-            "import sys, time\nfrom pathlib import Path\nfrom fastlora.fewshot.lock import Busy, owned\n"
-            "for turn in range(40):\n"
-            "    try:\n"
-            "        with owned(Path(sys.argv[1]) / 'a' / 'b'):\n"
-            "            (Path(sys.argv[1]) / 'inside').mkdir()\n"
-            "            (Path(sys.argv[1]) / 'inside').rmdir()\n"
-            "    except Busy: pass\n"
-        )
-        arguments = [sys.executable, "-c", code, str(tmp_path)]
-        many = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-        assert [process.communicate(timeout=HANG)[1] for process in many] == [""] * 3
+        start_processes(come_and_go, (tmp_path,), nprocs=3, start_method="fork")
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
