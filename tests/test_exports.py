@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ import exports
 import fastlora
 import fastlora.mini
 from fastlora.checkpoint import clip_folder
-from fastlora.fewshot import mergerun
+from fastlora.fewshot import evalrun, mergerun, models, trainer
 from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.evalrun import adapt, finished, loaded_for
+from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder
 from pictures import TINY
 
@@ -182,5 +185,41 @@ class TestOut:
 def test_a_merged_file_is_a_base_that_knows_itself(place: Path, tmp_path: Path, name: str) -> None:
     """A run may begin with what another left: nothing has to be asked."""
     mergerun.run(RunFolder(place / "RUN"), tmp_path / name, "fp32", QUIET)
-    loaded = mergerun.models.load("ViT-B-16", str(tmp_path / name), torch.device("cpu"))
+    loaded = models.load("ViT-B-16", str(tmp_path / name), torch.device("cpu"))
     assert set(loaded.network.activation.values()) == {"quick_gelu"} and not loaded.notes
+
+
+class TestARun:
+    def changed(self, place: Path, here: Path, change: Callable[[dict[str, Any]], Any]) -> RunFolder:
+        """A copy of RUN with another config.json."""
+        shutil.copytree(place / "RUN", here / "RUN")
+        run = RunFolder(here / "RUN")
+        config = json.loads(run.config.read_text())
+        change(config)
+        run.config.write_text(json.dumps(config))
+        return run
+
+    def test_is_tested_as_the_network_it_was_trained_as(self, place: Path, tmp_path: Path) -> None:
+        run = self.changed(place, tmp_path, lambda config: config["network"]["activation"].update(vision="gelu"))
+        with pytest.raises(UserError, match="another network than ViT-B-16 is now: activation of vision gelu, here quick_gelu"):
+            evalrun.run(run, str(place / "photographs"), Path("data"), "cpu", None, None, QUIET)
+        run = self.changed(place, tmp_path / "2", lambda config: config.update(network=3))
+        with pytest.raises(UserError, match="does not say which network was trained"):
+            evalrun.run(run, str(place / "photographs"), Path("data"), "cpu", None, None, QUIET)
+
+    def test_of_an_earlier_version_says_what_is_assumed(
+        self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def older(config: dict[str, Any]) -> None:
+            del config["network"], config["recipe"]["quick_gelu"]
+
+        run = self.changed(place, tmp_path, older)
+        evalrun.run(run, str(place / "photographs"), Path("data"), "cpu", None, None, Console(width=300))
+        said = capsys.readouterr().out
+        assert "of an earlier version, which kept no network: assumed is activation of text quick_gelu" in said
+
+    def test_keeps_its_network_with_a_fully_trained_model(self, place: Path, tmp_path: Path) -> None:
+        recipe = Recipe(model="ViT-B-16", pretrained="openai", method="full", shots=1, iterations=1, batch_size=4)
+        trainer.run(trainer.Job(recipe, str(place / "photographs"), tmp_path / "full", device="cpu"), QUIET)
+        loaded = models.load("ViT-B-16", str(tmp_path / "full" / "model.safetensors"), torch.device("cpu"))
+        assert set(loaded.network.activation.values()) == {"quick_gelu"}
