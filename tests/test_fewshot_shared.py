@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastlora.fewshot import images, models, trainer
+from fastlora.fewshot import digests, images, models, trainer
 from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.shared import Shared
@@ -76,10 +76,11 @@ def test_the_model_comes_back_as_it_was(model: str, folder: Path, tmp_path: Path
 
 
 def test_nothing_is_loaded_or_decoded_twice(model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, opened = [], []
-    load, open_rgb = models.load, images.open_rgb
+    loaded, opened, hashed = [], [], []
+    load, open_rgb, digest = models.load, images.open_rgb, digests._digest
     monkeypatch.setattr(models, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     monkeypatch.setattr(images, "open_rgb", lambda item: opened.append(item.name) or open_rgb(item))
+    monkeypatch.setattr(digests, "_digest", lambda item: hashed.append(item.name) or digest(item))
     data = tmp_path / "d"
     make_folder(data / "train", ["a", "b"], images=4)
     make_folder(data / "test", ["a", "b"], images=3)
@@ -88,6 +89,7 @@ def test_nothing_is_loaded_or_decoded_twice(model: str, folder: Path, tmp_path: 
         run(model, data, tmp_path / str(number), shared, shots=shots, seed=seed, method="full")
     assert len(loaded) == 1
     assert len(opened) == len(set(opened)) == 8 + 6
+    assert len(hashed) == len(set(hashed)) == 8 + 6
 
 
 def test_a_brief_run_leaves_what_a_row_needs(model: str, folder: Path, tmp_path: Path) -> None:

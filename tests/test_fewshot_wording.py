@@ -12,7 +12,7 @@ import pytest
 from open_clip.tokenizer import SigLipTokenizer, SimpleTokenizer
 from rich.console import Console
 
-from fastlora.fewshot import evalrun, models, trainer, wording
+from fastlora.fewshot import evalrun, trainer, wording
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder
 from pictures import make_folder
@@ -22,14 +22,14 @@ LONG = "word " * LENGTH
 
 
 @pytest.fixture(scope="module")
-def loaded() -> models.LoadedModel:
+def loaded() -> Any:
     """Nothing but a tokenizer for 12 tokens."""
-    return models.LoadedModel(None, SimpleTokenizer(context_length=LENGTH), 16, (0.5,) * 3, (0.5,) * 3)
+    return SimpleNamespace(tokenizer=SimpleTokenizer(context_length=LENGTH))
 
 
-def said(loaded: models.LoadedModel, classes: list[str], *templates: str) -> list[str]:
-    templates = templates or ("a photo of a {}.",)
-    return wording.remarks(loaded, templates, classes, loaded.tokenise(templates, classes))
+def said(loaded: Any, classes: list[str], *templates: str) -> list[str]:
+    tokens = loaded.tokenizer([template.format(name) for name in classes for template in templates])
+    return wording.remarks(loaded, templates, classes, tokens.view(len(classes), len(templates), LENGTH))
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,9 @@ def test_a_tokenizer_that_pads_with_another_number() -> None:
         tokens = SimpleTokenizer(context_length=context_length)(texts)
         return tokens.where(tokens != 0, 1)
 
-    other: Any = SimpleNamespace(tokenizer=tokenizer)
-    tokens = tokenizer(["a cat", LONG]).view(2, 1, LENGTH)
-    assert wording.remarks(other, ["{}"], ["a cat", LONG], tokens)[0].startswith("prompts cut at 12 tokens")
-    assert wording.remarks(other, ["{}"], ["a cat"], tokens[:1]) == []
+    other = SimpleNamespace(tokenizer=tokenizer)
+    assert said(other, ["a cat", LONG], "{}")[0].startswith("prompts cut at 12 tokens")
+    assert said(other, ["a cat"], "{}") == []
     assert "context_length" in SigLipTokenizer.__call__.__annotations__  # as the others take it
 
 

@@ -93,4 +93,4 @@ def _of_pixels(item: Item) -> str:
 
 
 def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return hashlib.sha256(content).hexdigest()[:32]  # processors have instructions for it: 1.3 GB/s, blake2b 0.3
