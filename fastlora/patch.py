@@ -143,9 +143,10 @@ def _prepare(model: nn.Module, name: str, plan: Plan, record: Record, values: di
                     model.get_submodule(path), module.config, site=module.site, active=module.active,
                     weights=module.weights, name=name,
                 )  # fmt: skip
-        with torch.no_grad():
-            for key, parameter in parameters_of(there | new, name).items() if values is not None else ():
-                parameter.copy_(values[key])
+        if values is not None:
+            with torch.no_grad():
+                for key, parameter in parameters_of(there | new, name).items():
+                    parameter.copy_(values[key])
     except BaseException:
         for layer in there.values():
             layer.remove(name)
