@@ -94,47 +94,18 @@ def check_new(model: nn.Module, name: str) -> None:
 
 
 def install(model: nn.Module, name: str, plan: Plan, values: dict[str, Tensor] | None = None) -> PatchReport:
-    """Put a new adapter in place as planned, and make it the active one.
-
-    All that can fail comes first: what is drawn, allocated and packed is undone after an error, and only then is the model
-    touched.
+    """Put a new adapter in place as planned, and make it the active one. After an error the model is as it was.
 
     Args:
-        values: the adapter's parameters by `plan.shapes`' names, on their devices; default: drawn, with B zero.
+        values: the adapter's parameters by the names in `plan.shapes`, on their devices; default: drawn, with B zero.
 
     Raises:
         ValueError: a rank above the width.
     """
     record = record_of(model) or Record()
-    there = {path: module for path, module in plan.modules.items() if path in record.originals}
-    for path, module in there.items():
-        layer_at(model, path).check_rank(module.config.rank)
     first = not record.originals
     marks = {key: mark(tensor) for key, tensor in host_state(model).items()} if first else record.marks
-    new: dict[str, LoRALayer] = {}
-    try:
-        # values stand in for what is drawn: then drawing must not move the caller's generator
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=values is not None):
-            for path, module in plan.modules.items():
-                if path in there:
-                    layer_at(model, path).add(name, module.config, module.active)
-                    continue
-                new[path] = adopt(
-                    model.get_submodule(path), module.config, site=module.site, active=module.active,
-                    weights=module.weights, name=name,
-                )  # fmt: skip
-        if values is not None:
-            layers = {path: new[path] if path in new else layer_at(model, path) for path in plan.adapted}
-            with torch.no_grad():
-                for key, parameter in parameters_of(layers, name).items():
-                    parameter.copy_(values[key])
-    except BaseException:
-        for path in there:
-            layer_at(model, path).remove(name)
-        for path, module in plan.modules.items():
-            if path not in there:
-                _unpack(model.get_submodule(path), module.weights)
-        raise
+    new = _prepare(model, name, plan, record, values)  # the last that can fail: from here on the model is touched
     if first:
         for key, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -150,6 +121,40 @@ def install(model: nn.Module, name: str, plan: Plan, values: dict[str, Tensor] |
     setattr(model, RECORD, record)
     set_adapter(model, name)
     return report_of(model)
+
+
+def _prepare(model: nn.Module, name: str, plan: Plan, record: Record, values: dict[str, Tensor] | None) -> dict[str, LoRALayer]:
+    """Drop-ins, by path, for the modules that have none; those that are there get the adapter, inactive. Undone after an error.
+
+    Arguments and errors as for `install`.
+    """
+    there = {path: layer_at(model, path) for path in plan.modules if path in record.originals}
+    for path, layer in there.items():
+        layer.check_rank(plan.modules[path].config.rank)
+    new: dict[str, LoRALayer] = {}
+    try:
+        # values stand in for what is drawn: then drawing must not move the caller's generator
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=values is not None):
+            for path, module in plan.modules.items():
+                if path in there:
+                    there[path].add(name, module.config, module.active)
+                    continue
+                new[path] = adopt(
+                    model.get_submodule(path), module.config, site=module.site, active=module.active,
+                    weights=module.weights, name=name,
+                )  # fmt: skip
+        if values is not None:
+            with torch.no_grad():
+                for key, parameter in parameters_of(there | new, name).items():
+                    parameter.copy_(values[key])
+    except BaseException:
+        for layer in there.values():
+            layer.remove(name)
+        for path, module in plan.modules.items():
+            if path not in there:
+                _unpack(model.get_submodule(path), module.weights)
+        raise
+    return new
 
 
 def unpatch(model: nn.Module) -> None:

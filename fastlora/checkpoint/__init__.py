@@ -44,8 +44,9 @@ def save(
     What was trained beside the adapter is written with it: every other parameter that requires a gradient (a head, logit_scale,
     norms, a module of your own), with the buffers of its module. So is a parameter or buffer that no longer has the value that
     `patch` found, such as a head that was frozen again after training or the running statistics of a frozen tower; where a
-    checkpoint replaced the weights under the adapters too, that can't be told, and only what requires a gradient is written.
-    What is trained beside adapters on this model is written with each of them; what `load` brought, with the one it came with.
+    checkpoint (or a cast to half and back) changed the weights under the adapters too, that can't be told, and only what
+    requires a gradient is written. What is trained beside adapters on this model is written with each of them; what `load`
+    brought, with the one it came with.
 
     Of a model that is sharded over processes (fully_shard) all of them must call: what they hold is gathered.
 
