@@ -151,7 +151,9 @@ def load(
 class Source(Protocol):
     """An adapter that was found in a file, in any format."""
 
-    network: Network | None
+    @property
+    def network(self) -> Network | None:
+        """What it was trained on, where the file says so."""
 
     @property
     def beside(self) -> dict[str, Kept]:

@@ -291,5 +291,5 @@ def _refused(transformer: Any) -> str | None:
 
 def _is_causal(mask: Tensor) -> bool:
     size = len(mask)
-    causal = torch.full((size, size), float("-inf"), device=mask.device).triu_(1)
+    causal = torch.full((size, size), float("-inf"), dtype=torch.float32, device=mask.device).triu_(1)
     return mask.shape == (size, size) and bool(torch.equal(mask.float(), causal))

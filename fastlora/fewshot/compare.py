@@ -42,8 +42,10 @@ class TextbookLoRA(nn.Module):
         self.weight, self.bias, self.out_proj = host.in_proj_weight, host.in_proj_bias, host.out_proj
         self.dropout = nn.Dropout(config.dropout)
         self.active = [target in config.targets for target in ("q", "k", "v")]
-        self.lora_A = nn.Parameter(torch.empty(3, config.rank, width).uniform_(-(width**-0.5), width**-0.5))
-        self.lora_B = nn.Parameter(torch.zeros(3, width, config.rank))
+        self.lora_A = nn.Parameter(
+            torch.empty(3, config.rank, width, dtype=torch.float32).uniform_(-(width**-0.5), width**-0.5)
+        )
+        self.lora_B = nn.Parameter(torch.zeros(3, width, config.rank, dtype=torch.float32))
 
     def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: object) -> tuple[Tensor, None]:
         x = x if self.batch_first else x.transpose(0, 1)

@@ -85,7 +85,7 @@ class Ranks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set on any rank, so that all of them stop at the same step."""
-        return bool(self.sum(torch.tensor(float(flag), device=device)) > 0) if self.world > 1 else flag
+        return bool(self.sum(torch.tensor(float(flag), dtype=torch.float32, device=device)) > 0) if self.world > 1 else flag
 
     def wait(self) -> None:
         """Until all ranks are here."""

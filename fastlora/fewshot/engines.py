@@ -51,7 +51,9 @@ class TrainStep:
         self.rates, self.ranks, self.average = rates, ranks, average
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.counter = torch.zeros(1, dtype=torch.int64, device=rates.device)
-        self.history = torch.zeros(len(rates), 2, device=rates.device)  # this rank's share of loss and right answers
+        self.history = torch.zeros(
+            len(rates), 2, dtype=torch.float32, device=rates.device
+        )  # this rank's share of loss and right answers
         self.loss: Callable[[Inputs], tuple[Tensor, Tensor]] = self._loss
 
     def batch(self, inputs: Inputs) -> Batch:

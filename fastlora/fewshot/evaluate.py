@@ -91,7 +91,7 @@ def image_features(
             labels.append(label)
             progress.advance(task, len(label))
     if not features:
-        return torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, 1, dtype=torch.float32, device=device), torch.empty(0, dtype=torch.int64)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -109,5 +109,5 @@ def evaluate(
     features, labels = image_features(model, exam.images, normalise, dtype, console, what)
     with autocast(exam.tokens.device, dtype):
         text = encode_prompts(model, exam.tokens)
-    logits = class_logits(model, features, text) if len(labels) else torch.empty(0, len(exam.classes))
+    logits = class_logits(model, features, text) if len(labels) else torch.empty(0, len(exam.classes), dtype=torch.float32)
     return Result.of(exam.classes, labels, logits)

@@ -72,7 +72,7 @@ class Loop:
         self.device, self._say = tokens.device, say
         self.step = 0
         self.seconds = 0.0
-        self.history = torch.zeros(recipe.steps, 2)  # loss and accuracy of each step, on the CPU
+        self.history = torch.zeros(recipe.steps, 2, dtype=torch.float32)  # loss and accuracy of each step, on the CPU
         set_training_mode(model, whole=recipe.method == "full")
         self.engine, why = choose(engine, model, self.device, ranks)
         if why:
@@ -89,7 +89,7 @@ class Loop:
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         objective = Objective(model, tokens, dtype, ranks, term, recipe.share_prefix, microbatch)
         self._frozen_in = partial(frozen_in, dtype, model, *([] if term is None else [term.model]))
-        rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], device=self.device)
+        rates = torch.tensor([recipe.lr_at(step) for step in range(recipe.steps)], dtype=torch.float32, device=self.device)
         self.average = Average(list(trained_state(model).values()), recipe.average, recipe.steps) if recipe.average else None
         self._step = TrainStep(objective, optimizer, scaler, data, rates, ranks, self.average)
         self._run: Engine | None = None
@@ -135,7 +135,7 @@ class Loop:
         values = self.ranks.sum(self._step.history[new])
         self._told = self.step
         if self.device.type == "cuda":
-            there = torch.empty(values.shape, pin_memory=True)
+            there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             there.copy_(values, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()

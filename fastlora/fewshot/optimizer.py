@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 def adamw(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.AdamW:
     """AdamW that a CUDA graph can capture: one fused kernel, step count and learning rates on the device."""
     groups = parameter_groups(model, recipe)
-    rate = torch.zeros((), device=device)  # TrainStep sets it at each step
+    rate = torch.zeros((), dtype=torch.float32, device=device)  # TrainStep sets it at each step
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
     return capturable(optimizer, device)
 
@@ -39,7 +39,7 @@ def adamw(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim
 def capturable(optimizer: torch.optim.AdamW, device: torch.device) -> torch.optim.AdamW:
     """Put `optimizer` into the form that `adamw` gives it; loading a state undoes that."""
     for group in optimizer.param_groups:
-        group["lr"], group["capturable"] = torch.zeros((), device=device), device.type == "cuda"
+        group["lr"], group["capturable"] = torch.zeros((), dtype=torch.float32, device=device), device.type == "cuda"
     return optimizer
 
 

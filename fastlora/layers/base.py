@@ -163,9 +163,8 @@ class LoRALayer(nn.Module):
     def merge(self) -> None:
         """Add the update to the base weight, summed in fp32; the weight as it was is kept for `unmerge`."""
         if self.adapted and not self.merged:
-            frozen = self.base_weight.detach().clone()
-            self._write(self._sum(frozen))
-            self._frozen_weight = frozen
+            self._frozen_weight = self.base_weight.detach().clone()  # before the write, which may be interrupted
+            self._write(self._sum(self._frozen_weight))
 
     @torch.no_grad()
     def rounding(self, dtype: torch.dtype | None = None) -> tuple[float, float, float]:

@@ -36,7 +36,7 @@ class ContextEmbedding(nn.Module):
         slot[list(slots)] = torch.arange(len(slots))
         self.register_buffer("slot", slot.to(host.weight.device), persistent=False)
         width, device = host.embedding_dim, host.weight.device
-        self.context = nn.Parameter(torch.empty(len(slots), width, device=device).normal_(std=0.02))
+        self.context = nn.Parameter(torch.empty(len(slots), width, dtype=torch.float32, device=device).normal_(std=0.02))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids of any shape to (…, width), in the table's dtype."""

@@ -37,7 +37,7 @@ def fit(given: Frozen) -> tuple[Result, dict[str, Any]]:
     c = CS[int(np.argmax(scores))]
     fitted = model(c).fit(x, y)
     # a class without a shot is never predicted
-    logits = torch.full((len(test_y), len(given.classes)), -torch.inf)
+    logits = torch.full((len(test_y), len(given.classes)), -torch.inf, dtype=torch.float32)
     if len(test_y):
         logits[:, fitted.classes_] = torch.from_numpy(fitted.predict_log_proba(test_x)).float()
     return Result.of(given.classes, given.test[1], logits), {"probe_c": c}
