@@ -11,7 +11,7 @@ from torch import nn
 from . import hosts
 from .adapters import set_adapter
 from .config import LoRAConfig
-from .layers import DEFAULT, adopt, refusal, release
+from .layers import DEFAULT, adopt, refusal, release, tied
 from .record import (
     RECORD,
     MergeReport,
@@ -168,6 +168,7 @@ def _sites(
     chosen: list[tuple[str, int]] = []
     groups, skipped = _groups(model, config)
     seen: dict[int, str] = {}
+    shared = tied(model)
     for block, group in groups:
         wanted = {site.path for _, site in group if not site.targets or set(site.targets) & set(config.targets)}
         chosen += [(path, block) for path in wanted]
@@ -179,7 +180,7 @@ def _sites(
             module = model.get_submodule(site.path)
             first = seen.setdefault(id(module), site.path)
             why = (
-                refusal(originals.get(site.path, module), site.weights)
+                refusal(originals.get(site.path, module), site.weights, shared)
                 if first == site.path
                 else f"it is the same module as {first}"
             )
