@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import hosts
 from .config import LoRAConfig
-from .layers import LoRALayer, refusal
+from .layers import LoRALayer, refusal, tied
 from .layers.packing import stacked
 
 __all__ = ["Plan", "Planned", "plan"]
@@ -79,6 +79,7 @@ def plan(model: nn.Module, config: LoRAConfig, originals: dict[str, nn.Module]) 
     chosen: list[tuple[str, int]] = []
     groups, skipped = _groups(model, config)
     seen: dict[int, str] = {}
+    shared = tied(model)
     for block, group in groups:
         wanted = {site.path for _, site in group if not site.targets or set(site.targets) & set(config.targets)}
         chosen += [(path, block) for path in wanted]
@@ -90,7 +91,7 @@ def plan(model: nn.Module, config: LoRAConfig, originals: dict[str, nn.Module]) 
             module = model.get_submodule(site.path)
             first = seen.setdefault(id(module), site.path)
             why = (
-                refusal(originals.get(site.path, module), site.weights)
+                refusal(originals.get(site.path, module), site.weights, shared)
                 if first == site.path
                 else f"it is the same module as {first}"
             )

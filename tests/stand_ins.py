@@ -38,7 +38,8 @@ class PackedAttention(nn.Module):
             inputs = (x, x if k_x is None else k_x, x if v_x is None else v_x)
             weights, biases = self.in_proj_weight.chunk(3, dim=0), self.in_proj_bias.chunk(3)
             parts = tuple(F.linear(*part) for part in zip(inputs, weights, biases, strict=True))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        head = x.shape[-1] // self.heads
+        q, k, v = (part.reshape(len(x), -1, self.heads, head).transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, attn_mask)
         y = y if self.head_scale is None else y * self.head_scale
         return self.out_proj(self.ln_inner(y.transpose(1, 2).flatten(2)))

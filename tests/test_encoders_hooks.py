@@ -182,7 +182,7 @@ def test_what_is_replaced_on_a_class_counts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(nn.GELU, "forward", lambda self, x: x.relu())
     for encode, encoder in zip(encoders, ("vision", "text"), strict=True):
         assert torch.equal(encode(), own_features(model, encoder))
-    assert "mlp.gelu (GELU) has a forward that is not known here" in plan(model).text
+    assert "mlp.gelu (GELU) has its own forward, which is not known here" in plan(model).text
     monkeypatch.undo()
     monkeypatch.setattr(open_clip.transformer.ResidualAttentionBlock, "attention", lambda self, q_x, **_: q_x)
     for encode, encoder in zip(encoders, ("vision", "text"), strict=True):

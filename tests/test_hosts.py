@@ -311,6 +311,18 @@ class TestByName:
         assert report.patched == ("0", "1.0")
 
 
+def test_a_weight_that_another_module_holds_too_is_refused() -> None:
+    """Its adapter would count there as well, and merging would change what the other computes."""
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(8, 8), "head": nn.Linear(8, 8), "one": nn.Linear(8, 8), "two": nn.Linear(8, 8)}
+    )
+    model["head"].weight, model["two"].weight = model["embedding"].weight, model["one"].weight
+    model["free"] = nn.Linear(8, 8)
+    report = fastlora.patch(model, modules=("*",))
+    assert report.patched == ("free",) and list(report.skipped) == ["head", "one", "two"]
+    assert all("another module's too" in why for why in report.skipped.values())
+
+
 def test_what_was_looked_for_is_named() -> None:
     with pytest.raises(TypeError, match=r"looked for open_clip.*CustomTextCLIP.*transformers.*timm.*modules="):
         fastlora.patch(Mixed())

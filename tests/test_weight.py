@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
+import stand_ins
 from models import inputs, randomise_adapters, tiny
 from test_hosts import small_clip
 
@@ -266,21 +267,22 @@ def test_timms_packed_weight_counts_when_read() -> None:
     torch.testing.assert_close(F.linear(x, block.mlp.fc1.weight, block.mlp.fc1.bias), block.mlp.fc1(x))
 
 
-def test_functional_call_with_other_weights_counts_their_adapter() -> None:
-    """What stands in for a host attention's parameters is no parameter: the projections are known all the same."""
-    model, images = small_clip(), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("make", [small_clip, lambda: stand_ins.CLIP(stand_ins.PackedAttention).eval()], ids=["three", "cut"])
+def test_functional_call_with_other_weights_counts_their_adapter(make: Any) -> None:
+    """What stands in for a host attention's parameters is no parameter: its projections are known all the same."""
+    model, images = make(), torch.randn(2, 3, 32, 32)
     fastlora.patch(model, dropout=0.0)
     randomise_adapters(model)
-    want = model.get_image_features(images).pooler_output
-    plain = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     class Run(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, images: Tensor) -> Tensor:
-            return self.model.get_image_features(images).pooler_output
+        def forward(self) -> Tensor:
+            return self.model.encode_image(images) if hasattr(model, "encode_image") else self.model.vision_model(images)[1]
 
-    got = torch.func.functional_call(Run(), {f"model.{name}": weight for name, weight in plain.items()}, (images,))
-    torch.testing.assert_close(got, want)
+    run = Run()
+    plain = {name: parameter.detach().clone() for name, parameter in run.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(run, plain, ()), run())
+    assert all(type(weight) is Tensor for weight in plain.values())

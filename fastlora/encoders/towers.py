@@ -47,9 +47,9 @@ class TextTower:
     eos: int | None
     class_token: bool
 
-    def obstacle(self, model: nn.Module) -> str | None:
+    def obstacle(self, model: Any) -> str | None:
         """Why the host's own method must run on `model` now, or None: cheap enough for every call."""
-        host = model if self.host is model else model.text
+        host: Any = model if self.host is model else model.text
         if host is not self.host or tuple(host.transformer.resblocks) != self.blocks:
             return "its text tower was replaced"
         projection = [host.text_projection] if isinstance(host.text_projection, nn.Module) else []
@@ -116,7 +116,7 @@ class VisionTower:
     blocks: tuple[Any, ...]
     pooled: bool
 
-    def obstacle(self, model: nn.Module) -> str | None:
+    def obstacle(self, model: Any) -> str | None:
         """Why the host's own method must run on `model` now, or None: cheap enough for every call."""
         if model.visual is not self.host or tuple(self.host.transformer.resblocks) != self.blocks:
             return "its vision tower was replaced"

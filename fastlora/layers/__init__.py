@@ -4,7 +4,7 @@ A drop-in takes the place of one module instance. It shares the host's parameter
 optimizers, checkpoints and `model.to()` go on working, and the host can be put back as it was.
 """
 
-from .adopt import adopt, refusal, release
+from .adopt import adopt, refusal, release, tied
 from .attention import LoRAMultiheadAttention
 from .base import DEFAULT, LoRALayer, LoRASlot
 from .host_attention import LoRAHostAttention
@@ -20,4 +20,5 @@ __all__ = [
     "adopt",
     "refusal",
     "release",
+    "tied",
 ]

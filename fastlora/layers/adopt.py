@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Container
+
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
@@ -10,11 +13,17 @@ from .base import DEFAULT, LoRALayer
 from .host_attention import LoRAHostAttention, class_for
 from .linear import LoRALinear
 
-__all__ = ["adopt", "refusal", "release"]
+__all__ = ["adopt", "refusal", "release", "tied"]
 
 
-def refusal(host: nn.Module, weights: tuple[str, ...] = ()) -> str | None:
-    """Why `host` cannot be adapted, or None. Arguments as for `adopt`."""
+def tied(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules of `model` hold."""
+    held = [id(parameter) for module in model.modules() for parameter in module._parameters.values() if parameter is not None]
+    return {number for number, count in collections.Counter(held).items() if count > 1}
+
+
+def refusal(host: nn.Module, weights: tuple[str, ...] = (), tied: Container[int] = ()) -> str | None:
+    """Why `host` cannot be adapted, or None. `tied`: ids of parameters that are others' too; else arguments as for `adopt`."""
     if isinstance(host, LoRALayer):
         return "it has an adapter already"
     kind = type(host)
@@ -40,6 +49,8 @@ def refusal(host: nn.Module, weights: tuple[str, ...] = ()) -> str | None:
         return f"it is a {kind.__name__}, not a Linear or MultiheadAttention"
     if any(weight is None or not weight.is_floating_point() for weight in found):
         return f"{kind.__name__} holds no plain floating-point weight (quantised or parametrised?)"
+    if any(id(weight) in tied for weight in found):
+        return "its weight is another module's too, which would change with it"
     return None
 
 

@@ -67,9 +67,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if func is not F.multi_head_attention_forward:
             return super().answer(func, args, kwargs)
         # nn.MultiheadAttention's own forward comes here: called by a subclass, a wrapper or a function in its place
-        call = inspect.signature(func).bind(*args, **kwargs)
-        call.apply_defaults()
-        call = SimpleNamespace(**call.arguments)
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = SimpleNamespace(**bound.arguments)
         own = (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
         given = (call.in_proj_weight, call.in_proj_bias, call.out_proj_weight, call.out_proj_bias)
         more = (call.bias_k, call.bias_v, call.static_k, call.static_v)

@@ -85,7 +85,7 @@ class LoRAHostAttention(LoRALayer):
         if group is None and not cut:
             return F.linear(input, weight, bias)
         answers["used"] = True
-        if group is None or len(weights) == 1 or bias is not self._biases()[group]:
+        if group is None or len(weights) == 1 or bias is not self._bias_of(group):
             first = weight._first if isinstance(weight, AdaptedRows) else (group or 0) * weight.shape[0]
             groups = self.groups_of(first, weight.shape[0])
             # of no whole groups nobody knows the adapter, and the weight says so
@@ -103,7 +103,10 @@ class LoRAHostAttention(LoRALayer):
         return stacked([like.new_zeros(len(like)) if bias is None else bias for bias in biases])
 
     def _biases(self) -> list[Tensor | None]:
-        return [_fetch(self, name.removesuffix("weight") + "bias") for name in self._weights]
+        return [self._bias_of(group) for group in range(len(self._weights))]
+
+    def _bias_of(self, group: int) -> Tensor | None:
+        return _fetch(self, self._weights[group].removesuffix("weight") + "bias")
 
     def _packs(self) -> list[list[nn.Parameter]]:
         """Parameters that belong side by side: weights, and biases where all projections have one."""

@@ -39,7 +39,7 @@ _PLAIN = (
     _functions("view_as", "detach", "detach_", "embedding", "embedding_bag")
     | _functions(*(name for name in dir(torch) if name.endswith("_like")))
     | _functions(*(name for name in dir(Tensor) if name.startswith("new")))
-    | {Tensor.data.__get__, Tensor.grad.__get__, Tensor._base.__get__}  # type: ignore[attr-defined]
+    | {Tensor.data.__get__, Tensor.grad.__get__, Tensor._base.__get__}  # type: ignore[attr-defined, union-attr]
 )
 # What compiled graphs call.
 _OPS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -102,7 +102,7 @@ def unguard(weights: Sequence[Tensor]) -> None:
     """Make them plain parameters again."""
     for weight in weights:
         if type(weight) is AdaptedWeight:
-            weight.__class__ = nn.Parameter
+            weight.__class__ = nn.Parameter  # type: ignore[assignment]
             del weight._layer, weight._first
 
 
@@ -187,7 +187,7 @@ def _start(func: Any, args: tuple[Any, ...], source: Any, first: int) -> int | N
     return first + start if step == 1 else None
 
 
-def _twin(tensor: Tensor) -> Tensor:
+def _twin(tensor: Any) -> Any:
     """A plain parameter or tensor on the same memory."""
     if not isinstance(tensor, AdaptedWeight):
         return plain(tensor).detach()
