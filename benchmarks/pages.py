@@ -19,6 +19,7 @@ from pathlib import Path
 
 import engines
 import expected.tables
+import exports
 import options_table
 import soak
 import sweeps
@@ -82,6 +83,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "few-shot table": lambda page: sweeps.short(),
     **{name: partial(_sweep, name) for name in sweeps.SWEEPS},
     "options table": lambda page: options_table.table(options_table.rows_so_far()),
+    "exports table": lambda page: exports.table(),
     "engines table": lambda page: engines.table(),
     "soak": lambda page: soak.text(),
     "machine": _cpu(tables.machine),

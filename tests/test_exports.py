@@ -207,11 +207,16 @@ class TestARun:
         with pytest.raises(UserError, match="does not say which network was trained"):
             evalrun.run(run, str(place / "photographs"), Path("data"), "cpu", None, None, QUIET)
 
+    def test_is_not_tested_on_other_weights(self, place: Path, tmp_path: Path) -> None:
+        run = self.changed(place, tmp_path, lambda config: config.update(weights="0" * 16))
+        with pytest.raises(UserError, match="began with other weights than ViT-B-16 with pretrained 'openai' has now"):
+            evalrun.run(run, str(place / "photographs"), Path("data"), "cpu", None, None, QUIET)
+
     def test_of_an_earlier_version_says_what_is_assumed(
         self, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         def older(config: dict[str, Any]) -> None:
-            del config["network"], config["recipe"]["quick_gelu"]
+            del config["network"], config["weights"], config["recipe"]["quick_gelu"]
 
         run = self.changed(place, tmp_path, older)
         evalrun.run(run, str(place / "photographs"), Path("data"), "cpu", None, None, Console(width=300))

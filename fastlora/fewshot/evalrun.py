@@ -176,7 +176,7 @@ def loaded_for(config: dict[str, Any], recipe: Recipe, device: torch.device, con
     old = "network" not in config  # written before runs kept it: what was built then is built again
     models.check(recipe.model, recipe.pretrained, recipe.quick_gelu, assume=old)
     loaded = models.load(recipe.model, recipe.pretrained, device, recipe.quick_gelu, assume=old)
-    models.check_network(config, loaded, "the run")
+    models.check_same(config, loaded, "the run")
     assumed = [f"the run is of an earlier version, which kept no network: assumed is {loaded.network.words()}"] if old else []
     for note in (*assumed, *loaded.notes):
         console.print(note, soft_wrap=True, highlight=False, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..beside import sample
 from ..checkpoint.network import PREPROCESSING, Network
 from ..config import LoRAConfig
 from .errors import UserError
 from .images import Framing
 from .weights import WeightsFile, recognise, scripted_state
 
-__all__ = ["MINI", "LoadedModel", "check", "check_adapter", "check_network", "load", "quiet"]
+__all__ = ["MINI", "LoadedModel", "check", "check_adapter", "check_same", "load", "quiet"]
 
 MINI = "mini"
 SCHEMAS = ("hf-hub:", "local-dir:")
@@ -36,6 +38,7 @@ class LoadedModel:
         framing: how a test image becomes square.
         mean, std: of pixels in [0, 1], per channel.
         network: all of that in one description, to be kept with what is trained.
+        weights: a digest by which the weights are known again.
         architecture: the model's config in open_clip's words.
         notes: what had to be assumed, one line each.
     """
@@ -46,6 +49,7 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     network: Network = dataclasses.field(default_factory=Network)
+    weights: str = ""
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -142,11 +146,12 @@ def load(
     framing = Framing(int(size), config["resize_mode"], config["interpolation"], config["fill_color"])
     network = Network.of(model, tokenizer)
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    return LoadedModel(model.to(device).eval(), tokenizer, framing, mean, std, network, architecture, tuple(notes))
+    weights = _digest(model)
+    return LoadedModel(model.to(device).eval(), tokenizer, framing, mean, std, network, weights, architecture, tuple(notes))
 
 
-def check_network(config: dict[str, Any], loaded: LoadedModel, where: str) -> None:
-    """Raise UserError where `loaded` is another network than the one that a run's config.json describes."""
+def check_same(config: dict[str, Any], loaded: LoadedModel, where: str) -> None:
+    """Raise UserError where `loaded` is another network, or has other weights, than a run's config.json says of its base."""
     if "network" not in config:  # written before runs kept it
         return
     try:
@@ -155,6 +160,20 @@ def check_network(config: dict[str, Any], loaded: LoadedModel, where: str) -> No
         raise UserError(f"{where}: its config.json does not say which network was trained: {error!r}") from error
     if told := trained.told(loaded.network):
         raise UserError(f"{where} was trained as another network than {config['recipe']['model']} is now: {told}")
+    if config.get("weights", loaded.weights) != loaded.weights:
+        raise UserError(
+            f"{where} began with other weights than {config['recipe']['model']} with pretrained"
+            f" {config['recipe'].get('pretrained')!r} has now: put them back"
+        )
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a digest of a few values of each tensor, but for positions, which may be resized, with rounding."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not ("pos" in name and "embed" in name):
+            digest.update(name.encode() + sample(tensor).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _open_clip(
@@ -171,7 +190,8 @@ def _open_clip(
         options["force_preprocess_cfg"] = _preprocessing(key, file, Path(pretrained or ""), notes)
     scripted = file is not None and file.scripted
     try:
-        with quiet():
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same each time: a run on them can be resumed and tested
             model = open_clip.create_model(key, None if scripted else pretrained, **options)
             if scripted:
                 model.load_state_dict(scripted_state(Path(pretrained or "")))

@@ -91,7 +91,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         begun = time.monotonic()
         loaded = lent.enter_context(shared.model(recipe, device, old))
         if begun_as is not None:
-            models.check_network(begun_as, loaded, "the run to go on with")
+            models.check_same(begun_as, loaded, "the run to go on with")
         data = prepare(dataset, recipe, loaded.framing, console, shared, whole, job.images)
         data.remarks += loaded.notes
         timings = {"load model, decode training images": time.monotonic() - begun}
@@ -99,7 +99,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         setting = {
             "fastlora": summary.own_version(), "data_name": dataset.name, "classes": list(dataset.classes),
             "template": one_or_all(data.templates), "flip": data.flip, "root": str(job.root),
-            "network": loaded.network.to_dict(),
+            "network": loaded.network.to_dict(), "weights": loaded.weights,
         }  # fmt: skip
         kept = _kept(data, new, others, whole, shared, console)
         if len(dataset.classes) < ranks.world:
