@@ -13,6 +13,9 @@ from .layers import LoRALayer, LoRASlot
 __all__ = ["Kept", "Mark", "host_state", "mark", "misfits", "sample", "swap", "trained", "whole"]
 
 _SAMPLES = 16
+# What averaging fp32 weights with themselves costs, and a cast to bfloat16.
+_ROUNDINGS = (1e-5, 2**-8)
+_SMALLEST = 2.0**-24  # what float16 tells apart near zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,13 @@ class Mark:
         if not ((now == then) | (now.isnan() & then.isnan())).all():
             return False
         return tensor.dtype != self.values.dtype or torch.equal(_bits(tensor), self.bits.to(now.device))
+
+    def near(self, tensor: Tensor, tolerance: float) -> bool:
+        """Whether the few values are those they were, but for a relative error of `tolerance`."""
+        if tensor.shape != self.shape:
+            return False
+        now, then = sample(tensor).double(), self.values.to(tensor.device).double()
+        return torch.allclose(now, then, rtol=tolerance, atol=_SMALLEST, equal_nan=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +91,9 @@ def trained(model: nn.Module, marks: dict[str, Mark | None]) -> dict[str, Tensor
     """What an adapter needs beside itself, by name: the host's parameters that require a gradient, parameters and buffers that
     differ from their marks or have none, and the buffers of their modules. A merged weight is given as it was before.
 
-    Where weights under the adapters differ from their marks too, the base as a whole was replaced: then the marks say nothing,
-    and only what requires a gradient, is new or has another shape is given.
+    Where weights under the adapters differ from their marks by rounding (in an average of models, or cast to 16 bits and back),
+    so may all others, and only what differs by more counts. Where they differ by more themselves, the base as a whole was
+    replaced: then the marks say nothing, and only what requires a gradient, is new or has another shape is given.
     """
     state, bases = host_state(model), set()
     values = dict(state)
@@ -98,6 +109,9 @@ def trained(model: nn.Module, marks: dict[str, Mark | None]) -> dict[str, Tensor
     new = {n for n, t in state.items() if n not in marks or ((known := marks[n]) is not None and known.shape != t.shape)}
     kept = {n: known for n, known in marks.items() if n in state and known is not None and not state[n].requires_grad}
     changed = {n for n, known in kept.items() if not known.fits(whole(values[n]))}
+    for rounding in _ROUNDINGS:
+        if changed & bases:
+            changed = {n for n in changed if not kept[n].near(whole(values[n]), rounding)}
     chosen = new | (set() if changed & bases else changed) | {n for n, t in state.items() if t.requires_grad}
     owners = {n.rpartition(".")[0] for n in chosen}
     chosen |= {n for n, t in state.items() if not isinstance(t, nn.Parameter) and n.rpartition(".")[0] in owners}

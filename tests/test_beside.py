@@ -126,7 +126,7 @@ def test_an_adapter_alone_is_the_file_it_was(tmp_path: Path) -> None:
     model = train(tiny(), ())
     fastlora.save(model, tmp_path / "a")
     with safe_open(tmp_path / "a", "pt") as file:
-        assert set(json.loads(file.metadata()["fastlora"])) == {"format", "config", "base"}
+        assert set(json.loads(file.metadata()["fastlora"])) == {"format", "config", "base", "network"}
         assert {name.rpartition(".")[2] for name in file.keys()} == {"lora_A", "lora_B"}  # noqa: SIM118 - not a dict
 
 
@@ -209,9 +209,9 @@ def test_a_merged_model_saves_its_own_weights(tmp_path: Path) -> None:
     fastlora.merge(model)
     fastlora.save(model, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    fastlora.save(model, tmp_path / "merged", format="merged")
+    fastlora.save(model, tmp_path / "merged.safetensors", format="merged")
     plain = vit()
-    plain.load_state_dict(load_file(tmp_path / "merged"))
+    plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
     torch.testing.assert_close(out(plain), out(model))
 
 
@@ -434,3 +434,22 @@ def test_the_report_leaves_out_what_was_frozen_before() -> None:
     model.head.requires_grad_(False)
     report = fastlora.patch(model)
     assert "head" not in report.frozen and "frozen: norm, " in str(report)
+
+
+@pytest.mark.parametrize("how", ["average", "half and back"])
+def test_a_head_is_told_from_what_rounding_moved(tmp_path: Path, how: str) -> None:
+    """An average of models moves frozen weights by an ulp; the head in it is trained, and requires no gradient."""
+    model = train(vit(), HEAD)
+    freeze(model)
+    if how == "average":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(0.9 * parameter + 0.1 * parameter)
+    else:
+        model.half().float()
+    fastlora.save(model, tmp_path / "a")
+    fresh = vit()
+    fastlora.load(fresh, tmp_path / "a", check_base=False)
+    assert torch.equal(fresh.head.weight, model.head.weight)
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert {name for name in file.keys() if "lora" not in name} == set(HEAD)  # noqa: SIM118 - not a dict

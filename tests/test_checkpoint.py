@@ -246,3 +246,16 @@ def test_values_too_large_for_adapters_in_half_precision(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="holds NaN or infinite values, at least in float16"):
         fastlora.load(other, path)
     assert all(torch.equal(a, b) for a, b in zip(before, fastlora.lora_parameters(other), strict=True))
+
+
+@pytest.mark.parametrize("first", [0x80, 0x50])
+def test_a_file_is_known_whatever_its_name_and_length(tmp_path: Path, first: int) -> None:
+    """The first byte of safetensors is of the header's length, and may be that of a pickle or a zip."""
+    model = tiny()
+    fastlora.patch(model)
+    fastlora.save(model, tmp_path / "a.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size] + b" " * ((first - size) % 256)
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    fastlora.load(tiny(), tmp_path / "a")

@@ -24,7 +24,7 @@ from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.evalrun import adapt, finished, loaded_for
 from fastlora.fewshot.recipe import Recipe
 from fastlora.fewshot.runfolder import RunFolder
-from pictures import TINY
+from pictures import TINY, tiny_clip
 
 HOME = Path(__file__).resolve().parents[1]
 SMALL = TINY | {
@@ -120,6 +120,33 @@ def test_the_lines_that_merge_prints_load_what_was_trained(place: Path, truth: T
     for block in printed:
         lines = [line for line in block.splitlines() if LOADS.match(line)]
         assert lines and (_ran(place, lines, monkeypatch) - truth).abs().max() < exports.EXACT
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "mini"])
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_the_lines_for_a_file_load_it_where_the_base_has_weights_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, ending: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_clip(tmp_path / "a base")
+    recipe = Recipe(model="mini" if kind == "mini" else "local-dir:a base", pretrained=None, shots=1, iterations=3, lr=1e-2)
+    data = exports.photographs(tmp_path / "photographs", 8)
+    trainer.run(trainer.Job(recipe, str(data), tmp_path / "RUN", device="cpu", brief=True), QUIET)
+    run = RunFolder(tmp_path / "RUN")
+    config, recipe = finished(run)
+    loaded = loaded_for(config, recipe, torch.device("cpu"), QUIET)
+    adapt(loaded.model, recipe, run)
+    mergerun.run(run, tmp_path / f"m.{ending}", "fp32", Console(width=80))
+    lines = [line.strip() for line in capsys.readouterr().out.partition("load it with\n")[2].splitlines()]
+    names: dict[str, Any] = {"open_clip": open_clip, "fastlora": fastlora}
+    monkeypatch.chdir("/")  # the lines hold from anywhere
+    exec("\n".join(lines), names)
+    with torch.no_grad():
+        images = torch.randn(2, 3, loaded.size, loaded.size)
+        want, got = (model.eval().encode_image(images, normalize=True) for model in (loaded.model, names["model"]))
+        assert torch.allclose(got, want, atol=1e-6)
+        fastlora.unpatch(loaded.model)
+        assert not torch.allclose(got, loaded.model.encode_image(images, normalize=True), atol=1e-5)
 
 
 def test_the_other_activation_is_another_model(place: Path, truth: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,11 +62,11 @@ def test_costs_are_of_three_methods_and_leave_the_model_alone() -> None:
 def tiny_mini(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mini CLIP with random weights: what the demo does, in seconds, not what it reaches."""
     from open_clip import SimpleTokenizer
-    from open_clip.model import CLIP
 
     torch.manual_seed(0)
     config = {**TINY, "text_cfg": {**TINY["text_cfg"], "context_length": 77}}
-    monkeypatch.setattr(mini, "load", lambda: (CLIP(**config).eval(), SimpleTokenizer()))
+    monkeypatch.setattr(mini, "architecture", lambda: config)
+    monkeypatch.setattr(mini, "load", lambda: (mini.build(), SimpleTokenizer()))
 
 
 def test_demo_from_end_to_end(tiny_mini: None, tmp_path: Path) -> None:

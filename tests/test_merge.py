@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora.checkpoint import merged
+from fastlora.encoders import frozen_in
 from fastlora.fewshot import evalrun, mergerun, models, trainer
 from fastlora.fewshot.errors import UserError
 from fastlora.fewshot.recipe import Recipe
@@ -136,3 +137,53 @@ def test_what_cannot_be_merged_is_told(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="trained by full: there is no adapter"):
         mergerun.run(RunFolder(tmp_path), tmp_path / "model.safetensors", "fp32", console)
+
+
+class TestStateDict:
+    """A merged weight holds the update already: it must neither be lost nor counted twice."""
+
+    def test_of_a_merged_model_is_for_plain_ones(self, tmp_path: Path) -> None:
+        model = adapted()
+        fastlora.merge(model)
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        with pytest.raises(RuntimeError, match="was merged when its state_dict was taken, and the update would count twice"):
+            adapted().load_state_dict(state)
+        plain = tiny()
+        plain.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            assert relative(features(plain, *inputs(model)), features(model, *inputs(model))) < 1e-6
+        fastlora.unmerge(model)
+        adapted().load_state_dict(model.state_dict())
+
+    def test_is_not_loaded_into_a_merged_model(self) -> None:
+        model, other = adapted(), tiny(seed=3).state_dict()
+        before = model.state_dict()["transformer.resblocks.0.attn.in_proj_weight"].clone()
+        fastlora.merge(model)
+        with pytest.raises(RuntimeError, match=r"is merged, and would lose its adapter: call fastlora\.unmerge"):
+            model.load_state_dict(other, strict=False)
+        fastlora.unmerge(model)
+        assert torch.equal(model.state_dict()["transformer.resblocks.0.attn.in_proj_weight"], before)
+
+    def test_hooks_of_the_host_are_left_alone(self) -> None:
+        model = tiny()
+        host = model.transformer.resblocks[0].attn
+        fastlora.patch(model)
+        assert not host._state_dict_hooks
+        fastlora.unpatch(model)
+        assert model.transformer.resblocks[0].attn is host and not host._state_dict_hooks
+
+
+def test_casts_that_stand_in_for_the_weights_are_not_merged(tmp_path: Path) -> None:
+    model = adapted()
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    with frozen_in(torch.bfloat16, model):
+        for verb in (fastlora.merge, lambda m: fastlora.save(m, tmp_path / "m.safetensors", format="merged")):
+            with pytest.raises(RuntimeError, match=r"casts inside fastlora\.encoders\.frozen_in"):
+                verb(model)
+    assert all(map(torch.equal, weights, model.parameters())) and not list(tmp_path.iterdir())
+    fastlora.merge(model)
+    with frozen_in(torch.bfloat16, model), pytest.raises(RuntimeError, match="casts inside"):
+        fastlora.unpatch(model)
+    fastlora.unmerge(model)
+    assert all(map(torch.equal, weights, model.parameters()))

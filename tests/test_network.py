@@ -85,7 +85,9 @@ class TestOf:
 
 
 class TestDifferences:
-    BASE = Network({"vision": "quick_gelu"}, {"size": 224, "mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}, 77, "abc")
+    BASE = Network(
+        {"vision": "quick_gelu"}, {"vision": "12"}, {"size": 224, "mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}, 77, "abc"
+    )
 
     def test_only_what_both_know_is_compared(self) -> None:
         assert not self.BASE.differences(Network()) and not Network().differences(self.BASE)
@@ -94,10 +96,19 @@ class TestDifferences:
         "other, told, options",
         [
             (Network({"vision": "gelu"}), "activation of vision quick_gelu, here gelu", {"force_quick_gelu": True}),
-            (Network({}, {"size": 336}), "size 224, here 336", {"force_image_size": 224}),
-            (Network({}, {"mean": [0.4, 0.5, 0.5]}), "mean [0.5, 0.5, 0.5], here [0.4, 0.5, 0.5]", {"image_mean": (0.5,) * 3}),
-            (Network({}, {"resize_mode": "shortest"}), "resize_mode squash, here shortest", {"image_resize_mode": "squash"}),
-            (Network({}, {}, 64), "context length 77, here 64", {"force_context_length": 77}),
+            (Network({}, {"vision": "8"}), "heads of vision 12, here 8", {}),
+            (Network({}, {}, {"size": 336}), "size 224, here 336", {"force_image_size": 224}),
+            (
+                Network({}, {}, {"mean": [0.4, 0.5, 0.5]}),
+                "mean [0.5, 0.5, 0.5], here [0.4, 0.5, 0.5]",
+                {"image_mean": (0.5,) * 3},
+            ),
+            (
+                Network({}, {}, {"resize_mode": "shortest"}),
+                "resize_mode squash, here shortest",
+                {"image_resize_mode": "squash"},
+            ),
+            (Network({}, {}, {}, 64), "context length 77, here 64", {"force_context_length": 77}),
             (Network(tokenizer="abd"), "tokenizer abc, here abd", {}),
         ],
     )
@@ -172,6 +183,19 @@ class TestAnAdapter:
         other.visual.preprocess_cfg[name] = value
         with pytest.raises(ValueError, match=told):
             fastlora.load(other, tmp_path / "a.safetensors")
+
+    def test_is_refused_by_other_heads(self, quick: Any, tmp_path: Path) -> None:
+        """The weights have the same shapes, whatever the number of heads."""
+        fastlora.save(quick, tmp_path / "a.safetensors")
+        other = tiny(quick_gelu=True, vision_cfg={"head_width": 16})
+        with pytest.raises(ValueError, match="heads of vision 2, here 4; give it the model that it was trained on"):
+            fastlora.load(other, tmp_path / "a.safetensors")
+
+    def test_is_compared_through_the_wrapper_of_compile(self, quick: Any, tmp_path: Path) -> None:
+        fastlora.save(torch.compile(quick), tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match="activation of text quick_gelu, here gelu"):
+            fastlora.load(tiny(), tmp_path / "a.safetensors")
+        assert Network.of(torch.compile(tiny())) == Network.of(tiny())
 
     def test_knows_its_tokenizer_where_it_is_given(self, quick: Any, tmp_path: Path) -> None:
         ours, theirs = open_clip.SimpleTokenizer(), open_clip.SimpleTokenizer(clean="canonicalize")

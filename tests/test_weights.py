@@ -13,10 +13,13 @@ import pytest
 import torch
 from open_clip import factory
 
+import fastlora
 from exports import stand_in
 from fastlora.fewshot import models
 from fastlora.fewshot.errors import UserError
+from fastlora.fewshot.images import Framing
 from fastlora.fewshot.weights import recognise
+from pictures import tiny_clip
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -131,3 +134,37 @@ def test_preprocessing_that_all_tags_share_is_taken(here: Path, monkeypatch: pyt
         tuple(open_clip.pretrained._PRETRAINED["ViT-B-16"][tag]["mean"]) for tag in open_clip.pretrained._PRETRAINED["ViT-B-16"]
     }
     assert (len(tags) > 1) == any("does not say how its images were normalised" in note for note in loaded.notes)
+
+
+def test_no_weights_are_read_beside_those_of_a_folder(here: Path) -> None:
+    """open_clip reads what the folder holds and ignores a file given beside it."""
+    name = tiny_clip(here / "folder")
+    for pretrained in (str(here / "openai.pt"), "laion2b_s34b_b79k", "nowhere.pt"):
+        for call in (models.check, lambda *given: models.load(*given, CPU)):
+            with pytest.raises(UserError, match=r"brings its own weights, pretrained .* would not be read: leave it out"):
+                call(name, pretrained)
+    models.load(name, "openai", CPU)  # what a user who names none gets
+
+
+def test_an_export_is_not_loaded_as_another_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip resizes the positions to whatever size the config has."""
+    loaded = models.load("ViT-B-16", "openai", CPU)
+    fastlora.patch(loaded.model)
+    for ending in ("safetensors", "pt"):
+        fastlora.save(loaded.model, here / f"e.{ending}", format="merged")
+    larger = {**SMALL, "vision_cfg": {**SMALL["vision_cfg"], "image_size": 32}}
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", {**factory._MODEL_CONFIGS, "ViT-B-16": larger})
+    for ending in ("safetensors", "pt"):
+        with pytest.raises(UserError, match="holds the weights of another network than ViT-B-16: size 16, here 32"):
+            models.load("ViT-B-16", str(here / f"e.{ending}"), CPU)
+
+
+def test_what_an_earlier_version_resized_is_resized_so_again(here: Path) -> None:
+    name = tiny_clip(here / "folder")
+    config = here / "folder" / "open_clip_config.json"
+    values = json.loads(config.read_text())
+    values["preprocess_cfg"] = {"resize_mode": "squash", "interpolation": "bilinear", "size": 16}
+    config.write_text(json.dumps(values))
+    assert models.load(name, None, CPU).framing == Framing(16, "squash", "bilinear")
+    old = models.load(name, None, CPU, assume=True)
+    assert old.framing == Framing(16) and old.network.preprocessing["resize_mode"] == "shortest"

@@ -177,9 +177,10 @@ def _open(path: Path, model: nn.Module) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     with path.open("rb") as file:
-        head = file.read(4)
-    # a zip, as torch.save writes, or a bare pickle of protocol 2 and above, as it did before
-    if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
+        head = file.read(9)
+    # a zip, as torch.save writes, or a bare pickle of protocol 2 and above, as it did before; safetensors has 8 bytes of length
+    # which may be any, and JSON
+    if head.startswith((b"PK\x03\x04", b"\x80")) and head[8:] != b"{" and path.suffix != ".safetensors":
         return paper.read(path, model)
     return native.NativeFile(path)
 

@@ -96,7 +96,7 @@ def write_transformers(folder: Path, model: Any, state: dict[str, Tensor], netwo
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         renamed |= _in_block(name, tensor) or {_NAMES[name]: tensor.T if name in _TRANSPOSED else tensor}
-    write_safetensors(folder / "model.safetensors", renamed, network.metadata())
+    write_safetensors(folder / "model.safetensors", renamed, {"format": "pt"})  # which transformers asks for
     files: dict[str, Any] = {
         "config.json": _config(model, state, network),
         "preprocessor_config.json": _processor(network),

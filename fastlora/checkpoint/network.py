@@ -54,6 +54,7 @@ class Network:
 
     Args:
         activation: "text" and "vision", or another part of the model (the beginning of a path) -> name of the activation there.
+        heads: part -> number of attention heads, which no weight shows.
         preprocessing: of PREPROCESSING: "size" in pixels (a number, or height and width), "mean" and "std" of pixels in [0, 1],
             "interpolation" and "resize_mode" in open_clip's words.
         context_length: tokens of a prompt.
@@ -61,6 +62,7 @@ class Network:
     """
 
     activation: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    heads: Mapping[str, str] = dataclasses.field(default_factory=dict)
     preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     context_length: int | None = None
     tokenizer: str | None = None
@@ -68,7 +70,8 @@ class Network:
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Callable[[list[str]], Any] | None = None) -> Network:
         """Describe `model`, and `tokenizer`: a function of texts to token ids, as open_clip's and transformers' are."""
-        return cls(_activations(model), _preprocessing(model), _context_length(model), tokenizer and _digest(tokenizer))
+        said = _preprocessing(model), _context_length(model), tokenizer and _digest(tokenizer)
+        return cls(_activations(model), _heads(model), *said)
 
     def differences(self, here: Network) -> dict[str, tuple[Any, Any]]:
         """Return what is known of both and differs: name -> (value in self, value in `here`)."""
@@ -96,8 +99,8 @@ class Network:
         return options
 
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of a safetensors file of weights that belong to this network."""
-        return {"format": "pt", KEY: json.dumps({"network": self.to_dict()})}
+        """Return the metadata of a safetensors file of this network: one key, as several are written in any order."""
+        return {KEY: json.dumps({"network": self.to_dict()})}
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, str] | None) -> Network | None:
@@ -120,18 +123,19 @@ class Network:
         Raises:
             TypeError: the values are of another kind.
         """
-        activation, preprocessing = values["activation"], values["preprocessing"]
+        activation, heads, preprocessing = values["activation"], values["heads"], values["preprocessing"]
         context, tokenizer = values["context_length"], values["tokenizer"]
         right = (
             isinstance(activation, dict)
+            and isinstance(heads, dict)
             and isinstance(preprocessing, dict)
-            and all(isinstance(name, str) for name in activation.values())
+            and all(isinstance(name, str) for name in (*activation.values(), *heads.values()))
             and (context is None or isinstance(context, int))
             and (tokenizer is None or isinstance(tokenizer, str))
         )
         if not right:
             raise TypeError("the description of the network is not one that fastlora wrote")
-        return cls(activation, preprocessing, context, tokenizer)
+        return cls(activation, heads, preprocessing, context, tokenizer)
 
 
 def activation_name(module: nn.Module) -> str:
@@ -151,13 +155,30 @@ def activation_name(module: nn.Module) -> str:
 
 
 def _activations(model: nn.Module) -> dict[str, str]:
-    found: dict[str, set[str]] = {}
+    leaves = {
+        path: module
+        for path, module in model.named_modules()
+        if not (module._modules or module._parameters or module._buffers) and _NAMED_LIKE_ONE.search(type(module).__name__)
+    }
+    return _by_part({path: activation_name(module) for path, module in leaves.items()})
+
+
+def _heads(model: nn.Module) -> dict[str, str]:
+    found = {}
     for path, module in model.named_modules():
-        leaf = not module._modules and not module._parameters and not module._buffers
-        if leaf and path and _NAMED_LIKE_ONE.search(type(module).__name__):
-            part = path.partition(".")[0]
-            found.setdefault(_TOWERS.get(part, part), set()).add(activation_name(module))
-    return {part: "+".join(sorted(names)) for part, names in sorted(found.items())}
+        counts = (getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads"))
+        if (count := next((c for c in counts if isinstance(c, int)), None)) is not None:
+            found[path] = str(count)
+    return _by_part(found)
+
+
+def _by_part(found: dict[str, str]) -> dict[str, str]:
+    """Return what was found at paths of a model, by the part of it: "8" or "relu+silu"."""
+    parts: dict[str, set[str]] = {}
+    for path, value in found.items():
+        part = path.replace("_orig_mod.", "").partition(".")[0]  # torch.compile's wrapper adds a name of its own
+        parts.setdefault(_TOWERS.get(part, part), set()).add(value)
+    return {part: "+".join(sorted(values)) for part, values in sorted(parts.items()) if part}
 
 
 def _preprocessing(model: Any) -> dict[str, Any]:
@@ -207,7 +228,8 @@ def _plain(value: Any) -> Any:
 
 
 def _flat(network: Network) -> dict[str, Any]:
-    values = {f"activation of {part}": name for part, name in network.activation.items()} | dict(network.preprocessing)
+    values: dict[str, Any] = {f"activation of {part}": name for part, name in network.activation.items()}
+    values |= {f"heads of {part}": count for part, count in network.heads.items()} | dict(network.preprocessing)
     values |= {"context length": network.context_length, "tokenizer": network.tokenizer}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -62,8 +62,8 @@ def write(model: nn.Module, config: LoRAConfig, beside: dict[str, Tensor], netwo
             "encoder": "both" if len(encoders) == 2 else encoders.pop(),
             "params": list(config.targets),
             "position": config.layers,
-            "network": network.to_dict(),
         },
+        "network": network.to_dict(),  # of no meaning to the paper's code
     }
     with atomic(path) as temporary:
         torch.save(values, temporary)
@@ -80,7 +80,7 @@ def read(path: Path, model: nn.Module) -> ForeignAdapter:
         weights, metadata = values["weights"], values["metadata"]
         rank, alpha, position, params = (metadata[key] for key in ("r", "alpha", "position", "params"))
         encoders = ENCODERS if metadata["encoder"] == "both" else (metadata["encoder"],)
-        network = Network.from_dict(metadata["network"]) if "network" in metadata else None  # where fastlora wrote the file
+        network = Network.from_dict(values["network"]) if "network" in values else None  # where fastlora wrote the file
         config = LoRAConfig(rank=rank, alpha=float(alpha), targets=tuple(params), encoders=encoders, layers=position)
         blocks = _blocks(path, config, model, len(weights))
         parts = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import LoRALayer, LoRASlot
+from ..layers import STAND_IN, LoRALayer, LoRASlot
 from .towers import TextTower, VisionTower, text_tower, vision_tower
 
 __all__ = ["cast", "cast_anew", "frozen_in"]
@@ -78,10 +78,12 @@ def frozen_in(dtype: torch.dtype | None, *models: nn.Module) -> Iterator[None]:
             setattr(layer, _STREAM, layer.weight.dtype)
         for parameter, data in originals.items():
             parameter.data = data.to(dtype)
+            setattr(parameter, STAND_IN, True)
         yield
     finally:
         for parameter, data in originals.items():
             parameter.data = data
+            vars(parameter).pop(STAND_IN, None)
         for layer in marked:
             vars(layer).pop(_STREAM, None)
 

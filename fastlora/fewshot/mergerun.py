@@ -65,7 +65,7 @@ def run(folder: RunFolder, out: Path, dtype: str, console: Console, form: str | 
     console.print(f"adding the update to {recipe.model}", highlight=False)
     if out.suffix:
         report = merged.write(loaded.model, out, DTYPES[dtype], loaded.network)
-        lines = ["load it with", f"    {_file_line(recipe.model, out.resolve(), loaded)}"]
+        lines = ["load it with", *(f"    {line}" for line in _file_lines(recipe.model, out.resolve(), loaded))]
     else:
         report = merge_report_of(loaded.model, DTYPES[dtype])
         lines = _write_folder(loaded, out, DTYPES[dtype], config, form, console)
@@ -174,13 +174,18 @@ def _distance(loaded: models.LoadedModel, prompts: list[str], encode: Encoder) -
     return max(float((unit(a, dim=-1) - unit(b, dim=-1)).abs().max()) for a, b in zip(own, encode(images), strict=True))
 
 
-def _file_line(name: str, path: Path, loaded: models.LoadedModel) -> str:
-    """Return the line that builds the network around a file of weights."""
+def _file_lines(name: str, path: Path, loaded: models.LoadedModel) -> list[str]:
+    """Return the lines that build the network around a file of weights."""
     if name == models.MINI:
-        return f"model = fastlora.mini.build(); model.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
+        return ["model = fastlora.mini.build()", f"open_clip.load_checkpoint(model, {str(path)!r})"]
+    if name.startswith(models.SCHEMAS):  # they bring weights of their own, and open_clip reads no others beside them
+        where = name.removeprefix("local-dir:")
+        whole = f"local-dir:{Path(where).resolve()}" if where != name else name
+        build = f"model, _, preprocess = open_clip.create_model_and_transforms({whole!r})"
+        return [build, f"open_clip.load_checkpoint(model, {str(path)!r})"]
     options = loaded.network.options_over(_as_built(loaded.architecture, loaded.network))
     more = "".join(f", {key}={value!r}" for key, value in options.items())
-    return f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}, pretrained={str(path)!r}{more})"
+    return [f"model, _, preprocess = open_clip.create_model_and_transforms({name!r}, pretrained={str(path)!r}{more})"]
 
 
 def _as_built(architecture: dict[str, Any], network: Network) -> Network:
@@ -192,4 +197,4 @@ def _as_built(architecture: dict[str, Any], network: Network) -> Network:
     size = architecture.get("vision_cfg", {}).get("image_size", network.preprocessing.get("size"))
     preprocessing = dataclasses.asdict(PreprocessCfg(size=size))
     context = architecture.get("text_cfg", {}).get("context_length", network.context_length)
-    return Network(activation, {key: preprocessing[key] for key in network.preprocessing}, context)
+    return Network(activation, {}, {key: preprocessing[key] for key in network.preprocessing}, context)

@@ -20,12 +20,14 @@ from ..checkpoint.network import PREPROCESSING, Network
 from ..config import LoRAConfig
 from .errors import UserError
 from .images import Framing
+from .recipe import Recipe
 from .weights import WeightsFile, recognise, scripted_state
 
 __all__ = ["MINI", "LoadedModel", "check", "check_adapter", "check_same", "load", "quiet"]
 
 MINI = "mini"
 SCHEMAS = ("hf-hub:", "local-dir:")
+DEFAULT = Recipe.pretrained  # what a user who names none gets
 TWIN = "-quickgelu"  # how open_clip names the config of a model with the other activation
 
 
@@ -78,12 +80,13 @@ def check(name: str, pretrained: str | None, quick_gelu: bool | None = None, *, 
 
         return mini.architecture()
     if name.startswith("hf-hub:"):
+        _file(name, pretrained)
         return None
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"model {name}: no open_clip_config.json in {folder}")
-        _activation(name, None, None, quick_gelu)
+        _activation(name, None, _file(name, pretrained), quick_gelu)
         return open_clip.get_model_config(name)
     key = name.replace("/", "-")
     models = open_clip.list_models()
@@ -121,7 +124,8 @@ def load(
 
     Args:
         quick_gelu: whether the weights were trained with QuickGELU, where they do not say so; None for what they say.
-        assume: take the activation of the model's config for a file that does not name its own, instead of asking.
+        assume: build what versions did that kept no network: the activation of the model's config for a file that does not name
+            its own, and test images resized on the shorter side, bicubic, whatever the model says.
 
     Raises:
         UserError: weights that cannot be fetched or do not fit, or leave their activation open.
@@ -145,6 +149,10 @@ def load(
         size = size[0]
     framing = Framing(int(size), config["resize_mode"], config["interpolation"], config["fill_color"])
     network = Network.of(model, tokenizer)
+    if assume:
+        framing = Framing(framing.size)
+        as_framed = {"interpolation": framing.interpolation, "resize_mode": framing.resize_mode}
+        network = dataclasses.replace(network, preprocessing={**network.preprocessing, **as_framed})
     mean, std = tuple(config["mean"]), tuple(config["std"])
     weights = _digest(model)
     return LoadedModel(model.to(device).eval(), tokenizer, framing, mean, std, network, weights, architecture, tuple(notes))
@@ -188,26 +196,38 @@ def _open_clip(
     options: dict[str, Any] = {"force_quick_gelu": quick} if quick else {"quick_gelu": False} if quick is False else {}
     if file is not None:
         options["force_preprocess_cfg"] = _preprocessing(key, file, Path(pretrained or ""), notes)
-    scripted = file is not None and file.scripted
+    own, scripted = not key.startswith(SCHEMAS), file is not None and file.scripted
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # random weights are the same each time: a run on them can be resumed and tested
-            model = open_clip.create_model(key, None if scripted else pretrained, **options)
+            model = open_clip.create_model(key, pretrained if own and not scripted else None, **options)
             if scripted:
                 model.load_state_dict(scripted_state(Path(pretrained or "")))
-            return model, open_clip.get_tokenizer(key), open_clip.get_model_config(key)
+            tokenizer = open_clip.get_tokenizer(key)
     except Exception as error:  # open_clip raises bare RuntimeErrors, torch and the hub their own
         reason = " ".join(str(error).split())[:200]
         hint = "" if pretrained is None or Path(pretrained).is_file() else "; without internet give a checkpoint file"
         raise UserError(f"cannot load {name} with pretrained {pretrained!r}: {reason}{hint}") from error
+    if file is not None and file.network is not None and (told := file.network.told(Network.of(model, tokenizer))):
+        raise UserError(f"{pretrained} holds the weights of another network than {name}: {told}")
+    return model, tokenizer, open_clip.get_model_config(key)
 
 
 def _file(key: str, pretrained: str | None) -> WeightsFile | None:
-    """Return what a file of weights says of itself; None for a tag, for random weights, and where `key` brings its own."""
+    """Return what a file of weights says of itself; None for a tag, for random weights, and where `key` brings its own.
+
+    Raises:
+        UserError: a file, or a tag that somebody asked for, beside a model that brings its own.
+    """
     import open_clip
 
-    ours = pretrained is None or key.startswith(SCHEMAS) or open_clip.pretrained.is_pretrained_cfg(key, pretrained)
-    return None if ours else recognise(Path(str(pretrained)))
+    if key.startswith(SCHEMAS):
+        if pretrained not in (None, DEFAULT):
+            raise UserError(f"{key} brings its own weights, pretrained {pretrained!r} would not be read: leave it out")
+        return None
+    if pretrained is None or open_clip.pretrained.is_pretrained_cfg(key, pretrained):
+        return None
+    return recognise(Path(pretrained))
 
 
 def _activation(
@@ -250,8 +270,8 @@ def _preprocessing(key: str, file: WeightsFile, path: Path, notes: list[str]) ->
     """Return mean, std, interpolation and resize mode for a file: its own, or those that all tags of the model share."""
     import open_clip
 
-    if file.preprocessing is not None:
-        return {name: value for name, value in file.preprocessing.items() if name != "size"}  # the model has its own
+    if file.network is not None and file.network.preprocessing:
+        return {name: value for name, value in file.network.preprocessing.items() if name != "size"}  # the model has its own
     tags = [open_clip.pretrained.get_pretrained_cfg(key, tag) for tag in open_clip.list_pretrained_tags_by_model(key)]
     forms = [{name: tag[name] for name in PREPROCESSING if name in tag} for tag in tags]
     if file.scripted or not forms:

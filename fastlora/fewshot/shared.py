@@ -48,7 +48,7 @@ class Shared:
     @contextlib.contextmanager
     def model(self, recipe: Recipe, device: torch.device, assume: bool = False) -> Iterator[models.LoadedModel]:
         """Lend the recipe's model for one run, which may patch it or train its own weights. `assume` as for `models.load`."""
-        key = recipe.model, recipe.pretrained, recipe.quick_gelu, device
+        key = recipe.model, recipe.pretrained, recipe.quick_gelu, device, assume
         if self._model is None or self._model[0] != key:
             self._model = None  # the one before goes before the next one comes
             self._model = key, models.load(recipe.model, recipe.pretrained, device, recipe.quick_gelu, assume=assume)

@@ -10,9 +10,7 @@ import dataclasses
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +33,12 @@ class WeightsFile:
     Args:
         scripted: whether it is a TorchScript archive, as OpenAI's download is.
         quick_gelu: whether it was trained with QuickGELU.
-        preprocessing: as in `Network`.
+        network: what else it says of its network.
     """
 
     scripted: bool = False
     quick_gelu: bool | None = None
-    preprocessing: Mapping[str, Any] | None = None
+    network: Network | None = None
 
 
 def recognise(path: Path) -> WeightsFile:
@@ -54,7 +52,7 @@ def recognise(path: Path) -> WeightsFile:
         quick = True if "QuickGELU" in code or "1.702" in code else False if "gelu(" in code else None
         return WeightsFile(True, quick)
     if (network := _exported(path)) is not None:
-        return WeightsFile(False, QUICK_GELU in network.activation.values(), network.preprocessing)
+        return WeightsFile(False, QUICK_GELU in network.activation.values(), network)
     # the hub's cache links to files whose names are digests
     places = (path.with_name(CONFIG), path.resolve().with_name(CONFIG))
     beside = next((place for place in places if place.is_file()), None)
@@ -62,8 +60,10 @@ def recognise(path: Path) -> WeightsFile:
         return WeightsFile()
     try:
         config = json.loads(beside.read_text(encoding="utf-8"))
+        model = config["model_cfg"]
         preprocessing = {name: value for name, value in config.get("preprocess_cfg", {}).items() if name in PREPROCESSING}
-        return WeightsFile(False, bool(config["model_cfg"].get("quick_gelu")), preprocessing or None)
+        network = Network(preprocessing=preprocessing, context_length=model.get("text_cfg", {}).get("context_length"))
+        return WeightsFile(False, bool(model.get("quick_gelu")), network)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{beside} lies beside the weights and is not open_clip's config of a model: {error!r}") from error
 

@@ -6,12 +6,13 @@ optimizers, checkpoints and `model.to()` go on working, and the host can be put 
 
 from .adopt import adopt, refusal, release, tied
 from .attention import LoRAMultiheadAttention
-from .base import DEFAULT, LoRALayer, LoRASlot
+from .base import DEFAULT, STAND_IN, LoRALayer, LoRASlot
 from .host_attention import LoRAHostAttention
 from .linear import LoRALinear
 
 __all__ = [
     "DEFAULT",
+    "STAND_IN",
     "LoRAHostAttention",
     "LoRALayer",
     "LoRALinear",

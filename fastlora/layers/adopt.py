@@ -80,7 +80,14 @@ def adopt(
     cls = class_for(type(host)) if weights else cls
     layer = cls.__new__(cls)
     layer.__dict__.update(host.__dict__)
-    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks"):
+    for registry in (
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_load_state_dict_post_hooks",
+        "_state_dict_hooks",
+    ):
         layer.__dict__[registry] = host.__dict__[registry].copy()
     if isinstance(layer, LoRAHostAttention):
         layer._weights = weights

@@ -15,9 +15,12 @@ from ..functional import lora_linear
 from .packing import stacked
 from .weight import AdaptedRows, AdaptedWeight, guard, plain, unguard
 
-__all__ = ["DEFAULT", "LoRALayer", "LoRASlot"]
+__all__ = ["DEFAULT", "STAND_IN", "LoRALayer", "LoRASlot"]
 
 DEFAULT = "default"
+_MERGED = "fastlora_merged"
+# An attribute of a parameter whose data are those of a cast for a while.
+STAND_IN = "_fastlora_cast"
 
 
 class LoRASlot(nn.Module):
@@ -63,6 +66,7 @@ class LoRALayer(nn.Module):
         self.spec = OpSpec(1.0, 0.0, site, tuple(range(groups)), (False,) * groups)
         self.activate(None)
         self.register_load_state_dict_post_hook(_settle)
+        self.register_state_dict_post_hook(_say_merged)
         self._settle()
 
     def _settle(self) -> None:
@@ -163,6 +167,7 @@ class LoRALayer(nn.Module):
     def merge(self) -> None:
         """Add the update to the base weight, summed in fp32; the weight as it was is kept for `unmerge`."""
         if self.adapted and not self.merged:
+            self._check_own()
             self._frozen_weight = self.base_weight.detach().clone()  # before the write, which may be interrupted
             self._write(self._sum(self._frozen_weight))
 
@@ -174,8 +179,18 @@ class LoRALayer(nn.Module):
         return float(error.abs().max()), float(error.norm()), float(self.delta().norm())
 
     def merged_weight(self) -> Tensor:
-        """The weight (N, K) with the active adapter's update, in fp32 or better; whether it is merged at present or not."""
+        """The weight (N, K) with the active adapter's update, in fp32 or better; whether it is merged at present or not.
+
+        Raises:
+            RuntimeError: the weight is a cast that stands in for the host's own.
+        """
+        self._check_own()
         return self._sum(self.base_weight.detach() if self._frozen_weight is None else self._frozen_weight)
+
+    def _check_own(self) -> None:
+        """Raise RuntimeError while casts stand in for the host's parameters: what is made of them would be lost, or rounded."""
+        if any(hasattr(weight, STAND_IN) for weight in self.base_weights()):
+            raise RuntimeError("the weights are casts inside fastlora.encoders.frozen_in: merge, unmerge and save outside it")
 
     def _sum(self, frozen: Tensor) -> Tensor:
         return frozen.to(torch.promote_types(frozen.dtype, torch.float32)) + self.delta()
@@ -184,6 +199,7 @@ class LoRALayer(nn.Module):
     def unmerge(self) -> None:
         """Put back the base weight bit for bit."""
         if self._frozen_weight is not None:
+            self._check_own()
             self._write(self._frozen_weight)
             self._frozen_weight = None
 
@@ -237,19 +253,31 @@ class LoRALayer(nn.Module):
             site=spec.site, rows=rows, groups=spec.groups[groups], active=active, backend=self.backend,
         )  # fmt: skip
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
+        if self.merged:
+            raise RuntimeError(f"{prefix[:-1]} is merged, and would lose its adapter: call fastlora.unmerge(model) first")
+        if (local_metadata or {}).get(_MERGED) and self.adapted:
+            raise RuntimeError(
+                f"{prefix[:-1]} was merged when its state_dict was taken, and the update would count twice: take it after"
+                " fastlora.unmerge(model), or load it into a plain model"
+            )
         # a plain checkpoint of the host loads with strict=True: the adapters stay as they are
         for name in self._constants:
             below = prefix if name == DEFAULT else f"{prefix}named.{name}."
             for key, parameter in zip(("lora_A", "lora_B"), self.adapters_of(name), strict=True):
                 state_dict.setdefault(below + key, parameter.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()] if super().extra_repr() else []
         if self.adapted:
             parts.append(f"lora rank={self.adapters()[0].shape[1]}, groups={sum(self.spec.active)}/{len(self.spec.active)}")
         return ", ".join(parts)
+
+
+def _say_merged(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    if isinstance(module, LoRALayer) and module.merged:
+        local_metadata[_MERGED] = True  # torch.save keeps it beside the state_dict
 
 
 def _settle(module: nn.Module, _: Any) -> None:
