@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastlora
+from fastlora.checkpoint.files import atomic_folder
 from models import features, inputs, randomise_adapters, tiny
 
 
@@ -259,3 +261,20 @@ def test_a_file_is_known_whatever_its_name_and_length(tmp_path: Path, first: int
     header = raw[8 : 8 + size] + b" " * ((first - size) % 256)
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
     fastlora.load(tiny(), tmp_path / "a")
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Nothing of anybody else's goes, whatever it is called, and what is made may be read by whoever may read its parent."""
+    mine = tmp_path / f".a.{os.getpid()}.tmp" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "a") as made:
+        (made / "half").touch()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [mine.parent]
+    with atomic_folder(tmp_path / "a") as made:
+        (made / "whole").touch()
+    assert mine.read_text() == "mine" and [p.name for p in (tmp_path / "a").iterdir()] == ["whole"]
+    assert (tmp_path / "a").stat().st_mode == mine.parent.stat().st_mode
+    with pytest.raises(FileExistsError, match="is there and not empty"), atomic_folder(tmp_path / "a"):
+        pass

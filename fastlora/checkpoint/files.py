@@ -7,7 +7,7 @@ import glob
 import os
 import pickle
 import re
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,13 +50,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is there and not empty: give a folder of its own to a checkpoint")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    # a name that nobody has, so that nothing of somebody's is removed; the folder inside has the usual permissions
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as outer:
+        made = Path(outer, "made")
+        made.mkdir()
+        yield made
+        os.replace(made, path)
 
 
 def leftovers(path: Path) -> list[Path]:

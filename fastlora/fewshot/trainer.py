@@ -83,11 +83,12 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         others = {data: shared.dataset(data, job.root, datasets.Reading()) for data in job.also}
         for other in others.values():
             datasets.check_test(other)
-        begun_as = RunFolder(job.out).read_config() if job.resume and RunFolder(job.out).config.is_file() else None
+        shown = RunFolder(job.out)  # the run's own folder, which the other ranks read and do not write to
+        begun_as = shown.read_config() if job.resume and shown.config.is_file() else None
         old = begun_as is not None and "network" not in begun_as  # what an earlier version built is built again
         models.check_adapter(models.check(recipe.model, recipe.pretrained, recipe.quick_gelu, assume=old), recipe.lora)
         if job.resume:
-            RunFolder(job.out).check_classes(dataset.classes)
+            shown.check_classes(dataset.classes)
         begun = time.monotonic()
         loaded = lent.enter_context(shared.model(recipe, device, old))
         if begun_as is not None:
@@ -104,8 +105,7 @@ def _run(job: Job, folder: RunFolder, device: torch.device, ranks: Ranks, consol
         kept = _kept(data, new, others, whole, shared, console)
         if len(dataset.classes) < ranks.world:
             raise UserError(f"{ranks.world} processes share {len(dataset.classes)} class prompts: start one a class at most")
-        checkpoint = RunFolder(job.out).checkpoint
-        state = load_checkpoint(checkpoint) if job.resume and checkpoint.is_file() else None
+        state = load_checkpoint(shown.checkpoint) if job.resume and shown.checkpoint.is_file() else None
         ranks.wait()  # nobody writes before all have read
         if state is not None:
             kept.check(state["extra"], job.called, job.out)

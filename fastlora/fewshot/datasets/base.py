@@ -16,6 +16,7 @@ from ..errors import UserError
 __all__ = [
     "IMAGE_ENDINGS",
     "TEMPLATE",
+    "WORDNET_ID",
     "Dataset",
     "Item",
     "Lazy",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 TEMPLATE = "a photo of a {}."
+WORDNET_ID = r"n\d{8}"
 IMAGE_ENDINGS = (".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
                  ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 ROLES = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import json
-import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from ...checkpoint.files import atomic_folder
 from ..errors import UserError
 from .known import GENERATED, KNOWN, KnownSet
 
@@ -66,13 +66,9 @@ def write(root: Path, names: Iterable[str] = tuple(KNOWN), size: Mini | None = N
             what = "other generated images" if marker.is_file() else "something else"
             raise UserError(f"{place} holds {what}: choose another root, or remove it")
         place.parent.mkdir(parents=True, exist_ok=True)
-        # what is stopped half-way is not taken for whole, and what is there by such a name is left alone
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".partial", dir=place.parent) as partial:
-            made = Path(partial, "made")
-            made.mkdir()
+        with atomic_folder(place) as made:  # what is stopped half-way is not taken for whole
             _write_set(name, KNOWN[name], made, size)
             (made / GENERATED).write_text(stamp, encoding="utf-8")
-            made.rename(place)
 
 
 def _write_set(name: str, known: KnownSet, place: Path, size: Mini) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from .base import TEMPLATE
+from .base import TEMPLATE, WORDNET_ID
 
 __all__ = ["GENERATED", "KNOWN", "KnownSet", "Located", "Piece", "identify", "locate"]
 
@@ -153,4 +153,4 @@ def _wordnet(folder: Path) -> bool:
     if names is None or not names.is_file():
         return False
     with open(names, encoding="utf-8", errors="replace") as file:
-        return bool(re.match(r"n\d{8}\b", file.readline()))
+        return bool(re.match(rf"{WORDNET_ID}\b", file.readline()))

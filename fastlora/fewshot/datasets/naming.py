@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from .base import Dataset
+from .base import WORDNET_ID, Dataset
 from .words import read_class_names
 
 __all__ = ["with_remarks"]
 
-WORDNET = re.compile(r"n\d{8}")
 # Files that name WordNet's ids: CoOp's, Kaggle's, Tiny-ImageNet's.
 SYNSETS = ("classnames.txt", "LOC_synset_mapping.txt", "words.txt")
 
@@ -32,7 +31,7 @@ def _remarks(classes: Sequence[str], place: Path | None) -> Iterator[str]:
     if all(name.isdecimal() for name in classes):
         first, *_, last = sorted(classes, key=int)
         yield f"classes without names, prompted as the numbers {first} to {last}: --class-names FILE names them"
-    if ids := [name for name in classes if WORDNET.fullmatch(name)]:
+    if ids := [name for name in classes if re.fullmatch(WORDNET_ID, name)]:
         file = _file_of_synsets(ids, place)
         such = f", such as {file}," if file is not None else ""
         yield (

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..lock import LOCK_FILES
 from ..runfolder import RunFolder
 
 __all__ = ["is_ours"]
-
-# A run that has just begun holds nothing else.
-LOCK = ".lock"
 
 
 def is_ours(folder: Path) -> bool:
@@ -34,7 +32,7 @@ def is_ours(folder: Path) -> bool:
                 below = True
     except OSError:  # whoever reads the folder says why
         return False
-    return below or (folder / LOCK).is_file()
+    return below or any((folder / name).is_file() for name in LOCK_FILES)  # a run that has just begun holds nothing else
 
 
 def _is_run(folder: Path) -> bool:

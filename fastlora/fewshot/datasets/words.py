@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..recipe import OWN
-from .base import Dataset, class_name, refuse_duplicates
+from .base import WORDNET_ID, Dataset, class_name, refuse_duplicates
 
 __all__ = ["decode", "prompts", "read_class_names", "read_lines", "read_synsets", "read_templates", "rename"]
 
@@ -96,7 +96,7 @@ def read_synsets(path: Path) -> dict[str, str]:
     for number, line in enumerate(read_lines(path, "class names"), 1):
         wnid, _, name = line.partition(" ")
         name = name.strip() if path.name == "classnames.txt" else name.split(",")[0].strip()
-        if not re.fullmatch(r"n\d{8}", wnid) or not name or wnid in names:
+        if not re.fullmatch(WORDNET_ID, wnid) or not name or wnid in names:
             raise UserError(
                 f"{path}, line {number}: expected a new WordNet id and a class name (n01440764 tench), got {line!r}"
             )
@@ -108,7 +108,7 @@ def read_class_names(path: Path) -> list[str] | dict[str, str]:
     """Class names, one a line, in the order of the labels; or a mapping: label, tab, name in every line, or WordNet id, space,
     name."""
     lines = read_lines(path, "class names")
-    if all(re.match(r"n\d{8} ", line) for line in lines):
+    if all(re.match(f"{WORDNET_ID} ", line) for line in lines):
         return read_synsets(path)
     pairs = [line.split("\t") for line in lines]
     if all(len(pair) == 1 for pair in pairs):
